@@ -1,0 +1,1 @@
+"""Sequence mixers, channel mixers, norms and the contract that every mixer keeps."""

@@ -1,0 +1,63 @@
+"""Document numbers: how the documents of one call join the past, and positions inside them.
+
+B batch, T time. Document numbers are -1 for padding and else non-decreasing along a row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NO_DOCUMENT = -1
+
+
+class Continuation(NamedTuple):
+    """`carry` (B,) bool: the row's first document goes on from the state (None: every row does).
+    `last` (B,) int64: the document that the row's state ends in after this call."""
+
+    carry: Tensor | None
+    last: Tensor
+
+
+def join(previous: Tensor, segments: Tensor | None) -> Continuation:
+    """Compare the document the state ended in, `previous` (B,), with those of this call.
+
+    `segments=None` continues every row's document. A row of padding alone leaves its state as it
+    is. `previous` is NO_DOCUMENT for the empty past.
+    """
+    if segments is None:
+        return Continuation(None, previous.clamp(min=0))
+    valid = segments >= 0
+    some = valid.any(1)
+    first = segments.gather(1, valid.int().argmax(1, keepdim=True)).squeeze(1)
+    last = torch.where(some, segments.amax(1), previous)
+    return Continuation(~some | (first == previous), last.to(torch.int64))
+
+
+def forward_fill(segments: Tensor) -> Tensor:
+    """Padding takes the number of the document before it (NO_DOCUMENT where there is none)."""
+    return segments.cummax(1).values
+
+
+def positions(
+    segments: Tensor | None, length: int, offset: Tensor, carry: Tensor | None = None
+) -> Tensor:
+    """Position of every token inside its own document, (B, T) int64; padding does not count.
+
+    Args:
+        segments: (B, T) or None, one document.
+        length: T, used when `segments` is None.
+        offset: (B,) tokens of the current document that the state has seen.
+        carry: (B,) of `join`; rows where it is False start at 0.
+    """
+    if segments is None:
+        return offset[:, None] + torch.arange(length, device=offset.device)
+    valid = segments >= 0
+    index = valid.cumsum(1) - 1  # (B, T) count of valid tokens before this one
+    filled = forward_fill(segments)
+    before = torch.cat([torch.full_like(filled[:, :1], NO_DOCUMENT), filled[:, :-1]], dim=1)
+    starts = valid & (filled != before)
+    past = offset if carry is None else torch.where(carry, offset, 0)
+    first_start = starts & (index == 0)
+    base = torch.where(starts & ~first_start, index, -past[:, None])
+    return (index - base.cummax(1).values).clamp(min=0)
