@@ -1,0 +1,1 @@
+"""Protocols over a trained model: perplexity, recall slices, cost."""

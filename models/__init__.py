@@ -1,0 +1,1 @@
+"""Whole networks: the language model, generation, and building both from a config."""

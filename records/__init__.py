@@ -1,0 +1,1 @@
+"""The run folder: its layout, written atomically and read, in one place."""

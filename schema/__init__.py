@@ -1,0 +1,1 @@
+"""Typed schemas of every configuration group, composing, and checking before anything is read."""

@@ -1,0 +1,1 @@
+"""Data: text corpora, tokenisers, packing and recall generators. Knows no model."""

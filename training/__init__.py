@@ -1,0 +1,1 @@
+"""The Lightning module, objectives, parameter groups, callbacks and exact resume."""
