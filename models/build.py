@@ -1,0 +1,61 @@
+"""A language model from a composed configuration."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from layers.mixer import Mixer
+from layers.projection import Dense, Projection
+from models.language_model import LanguageModel
+
+
+def pattern_over_depth(pattern: str | Sequence[str], num_layers: int) -> list[str]:
+    """The mixer of every layer: `pattern` repeated until the depth is filled.
+
+    >>> pattern_over_depth(["mamba", "mamba", "attention"], 4)
+    ['mamba', 'mamba', 'attention', 'mamba']
+    """
+    names = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not names:
+        raise ValueError("pattern=[]: expected the name of a mixer or a list of names")
+    return [names[i % len(names)] for i in range(num_layers)]
+
+
+def build_model(cfg: DictConfig, vocab_size: int) -> LanguageModel:
+    """The model that `cfg` describes, initialised from torch's global generator.
+
+    Reads the nodes model, pattern, mixers, channel_mixer, norm, projection, projection_in.
+
+    Raises:
+        ValueError: an option that the model or one of its layers does not allow.
+    """
+    size = cfg.model
+    chosen: Projection = instantiate(cfg.projection)
+    for_mixers = chosen if cfg.projection_in in ("all", "mixers") else Dense
+    for_channels = chosen if cfg.projection_in in ("all", "channel_mixers") else Dense
+    names = pattern_over_depth(cfg.pattern, size.num_layers)
+    mixers: list[Mixer] = [_layer(cfg.mixers[name], for_mixers) for name in names]
+    channel_mixers = [_layer(cfg.channel_mixer, for_channels) for _ in names]
+    norm: Callable[[int], nn.Module] = instantiate(cfg.norm)
+    return LanguageModel(
+        vocab_size,
+        size.d_model,
+        mixers,
+        channel_mixers,
+        norm,
+        tie_embeddings=size.tie_embeddings,
+        dropout=size.dropout,
+        embedding_dropout=size.embedding_dropout,
+    )
+
+
+def _layer(node: DictConfig, projection: Projection) -> Any:
+    """One layer, handed `projection` if it makes dense projections; None for `_target_: null`."""
+    if node.get("_target_") is None:
+        return None
+    takes = inspect.signature(get_class(node._target_)).parameters
+    return instantiate(node, **({"projection": projection} if "projection" in takes else {}))
