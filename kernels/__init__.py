@@ -1,4 +1,21 @@
 """Numerical operators of seqmix: one folder each, no nn.Module, no configuration."""
 
+from kernels.attention import attention
+from kernels.causal_conv1d import causal_conv1d
+from kernels.dispatch import BackendError
+from kernels.linear_attention import linear_attention
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_nll
+from kernels.rms_norm import rms_norm
+
+__all__ = [
+    "BackendError",
+    "attention",
+    "causal_conv1d",
+    "linear_attention",
+    "linear_cross_entropy",
+    "linear_nll",
+    "rms_norm",
+]
+
 # `kernels` is also the name of a distribution that other libraries probe for; they read this.
 __version__ = "0.1.0"

@@ -31,9 +31,7 @@ def choose(
     if backend in forms:  # an explicit request is served as asked: the interpreter runs on the CPU
         return forms[backend]
     reason = (
-        f"{operator} has no such form"
-        if backend in BACKENDS
-        else f"allowed: {', '.join(BACKENDS)}"
+        f"{operator} has no such form" if backend in BACKENDS else f"allowed: {', '.join(BACKENDS)}"
     )
     raise BackendError(
         f"backend={backend!r} for {operator} on {device.type}: {reason}; "

@@ -1,0 +1,87 @@
+"""Causal linear attention over feature vectors (Katharopoulos et al. 2020)."""
+
+from torch import Tensor
+
+from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
+from kernels.dispatch import choose
+from kernels.linear_attention.chunked import linear_attention_torch
+from kernels.linear_attention.flops import CHUNK, linear_attention_flops
+from kernels.linear_attention.reference import State, linear_attention_reference
+
+__all__ = ["CHUNK", "State", "linear_attention", "linear_attention_flops"]
+
+_FORMS = {"torch": linear_attention_torch, "reference": linear_attention_reference}
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float = 1.0,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    segments: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State | None]:
+    """Causal linear attention, in chunks, in time and memory linear in T.
+
+        S_t = S_{t-1} + k_t v_t^T,  z_t = z_{t-1} + k_t,  y_t = q_t S_t / (q_t.z_t + eps)
+
+    with q already multiplied by `scale`, and y_t = q_t S_t where `normalize` is False.
+    Source: Katharopoulos et al. 2020 (Transformers are RNNs), equations 10-12, for the
+    recurrence; sums and states are float32 (float64 for float64 inputs) whatever the inputs.
+
+    Args:
+        q, k: (B, T, H, K), after the feature map. Normalised outputs want features >= 0.
+        v: (B, T, H, V).
+        scale: of q; it cancels under `normalize` but for eps.
+        normalize: divide by the sum of the weights.
+        eps: added to that sum.
+        initial_state: (S (B, H, K, V), z (B, H, K)), what an earlier call returned; it belongs to
+            the first valid document of each row. None is the empty past.
+        return_state: also return the state after the last token.
+        segments: int (B, T) document numbers, non-decreasing over the valid positions; S and z
+            start at zero in each document. -1 is padding: it leaves the state alone, and its
+            output is finite and otherwise unspecified.
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        y (B, T, H, V) in the dtype of v, and the state of each row's last valid document in
+        float32 (a row of padding returns its initial state), None unless asked for.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or T = 0.
+        BackendError: no such backend.
+    """
+    _check(q, k, v, initial_state, segments)
+    form = choose("linear_attention", backend, _FORMS, q.device)
+    y, state = form(
+        q,
+        k,
+        v,
+        scale=scale,
+        normalize=normalize,
+        eps=eps,
+        initial_state=initial_state,
+        segments=segments,
+    )
+    return y, state if return_state else None
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, initial_state: State | None, segments: Tensor | None
+) -> None:
+    check_floating("linear_attention", q=q, k=k, v=v)
+    check_shape("linear_attention", "q", q, "(B, T, H, K)", None, None, None, None)
+    B, T, H, K = q.shape
+    check_not_empty("linear_attention", "q", q, 1)
+    check_shape("linear_attention", "k", k, "(B, T, H, K)", B, T, H, K)
+    check_shape("linear_attention", "v", v, "(B, T, H, V)", B, T, H, None)
+    if initial_state is not None:
+        S, z = initial_state
+        check_shape("linear_attention", "initial_state[0]", S, "(B, H, K, V)", B, H, K, v.shape[3])
+        check_shape("linear_attention", "initial_state[1]", z, "(B, H, K)", B, H, K)
+    check_segments("linear_attention", segments, B, T)

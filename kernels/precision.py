@@ -1,0 +1,50 @@
+"""Which dtype an operator computes in, whatever the autocast around it."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is float64, else float32: the dtype of states and sums."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        return torch.float64
+    return torch.float32
+
+
+def matmul_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which products of `tensors` run: as stored, unless the CPU is faster in float32.
+
+    A CPU without AMX tiles multiplies 16-bit matrices at about half its float32 rate, and float32
+    loses nothing, so there 16-bit inputs are widened block by block.
+    """
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    if dtype.itemsize == 2 and tensors[0].device.type == "cpu" and not _has_amx():
+        return torch.float32
+    return dtype
+
+
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
+    """Run `fn` with autocast off: it chooses its dtypes itself."""
+
+    @wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return fn(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return fn(*args, **kwargs)
+
+    return wrapped
