@@ -21,7 +21,7 @@ def causal_conv1d(
     return_state: bool = False,
     segments: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise causal convolution along time.
 
         y_t = act(bias + sum_{j=0}^{W-1} weight[:, W-1-j] x_{t-j})
@@ -36,7 +36,7 @@ def causal_conv1d(
         activation: None or "silu".
         initial_state: (B, W-1, D) the inputs before x, newest last; it belongs to the first valid
             document of each row. None is the empty past, zeros.
-        return_state: also return the last W-1 inputs.
+        return_state: return (y, last W-1 inputs) and not y alone.
         segments: int (B, T) document numbers, non-decreasing over the valid positions; inputs of
             another document count as zeros. -1 is padding: the convolution runs as if it were not
             there, and its output is finite and otherwise unspecified.
@@ -44,7 +44,7 @@ def causal_conv1d(
 
     Returns:
         y (B, T, D) in the dtype of x, and the state (B, W-1, D) of each row's last valid document
-        in the dtype of x, None unless asked for.
+        in the dtype of x, if asked for.
 
     Raises:
         ValueError: shapes or dtypes do not fit, T = 0, or an unknown activation.
@@ -60,7 +60,7 @@ def causal_conv1d(
         initial_state=initial_state,
         segments=segments,
     )
-    return y, state if return_state else None
+    return (y, state) if return_state else y
 
 
 def causal_conv1d_flops(batch: int, length: int, channels: int, taps: int) -> int:

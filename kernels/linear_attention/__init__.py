@@ -25,7 +25,7 @@ def linear_attention(
     return_state: bool = False,
     segments: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, State | None]:
+) -> Tensor | tuple[Tensor, State]:
     """Causal linear attention, in chunks, in time and memory linear in T.
 
         S_t = S_{t-1} + k_t v_t^T,  z_t = z_{t-1} + k_t,  y_t = q_t S_t / (q_t.z_t + eps)
@@ -42,7 +42,7 @@ def linear_attention(
         eps: added to that sum.
         initial_state: (S (B, H, K, V), z (B, H, K)), what an earlier call returned; it belongs to
             the first valid document of each row. None is the empty past.
-        return_state: also return the state after the last token.
+        return_state: return (y, state after the last token) and not y alone.
         segments: int (B, T) document numbers, non-decreasing over the valid positions; S and z
             start at zero in each document. -1 is padding: it leaves the state alone, and its
             output is finite and otherwise unspecified.
@@ -50,7 +50,7 @@ def linear_attention(
 
     Returns:
         y (B, T, H, V) in the dtype of v, and the state of each row's last valid document in
-        float32 (a row of padding returns its initial state), None unless asked for.
+        float32 (a row of padding returns its initial state), if asked for.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or T = 0.
@@ -68,7 +68,7 @@ def linear_attention(
         initial_state=initial_state,
         segments=segments,
     )
-    return y, state if return_state else None
+    return (y, state) if return_state else y
 
 
 def _check(
