@@ -3,6 +3,7 @@
 B batch, T time.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +16,10 @@ def first_document(segments: Tensor) -> Tensor:
 def last_document(segments: Tensor) -> Tensor:
     """(B,) number of each row's last valid document, -1 for a row of padding."""
     return segments.amax(1)
+
+
+def restarts(segments: Tensor) -> Tensor:
+    """(B, T) bool: a document starts here that is not the first of its row, so states reset."""
+    seen = segments.cummax(1).values[:, :-1]  # the document before each later position
+    later = segments[:, 1:]
+    return torch.nn.functional.pad((later >= 0) & (seen >= 0) & (later != seen), (1, 0))
