@@ -41,7 +41,7 @@ def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(fn)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         if not torch.is_autocast_enabled(device):
             return fn(*args, **kwargs)
         with torch.autocast(device, enabled=False):

@@ -3,8 +3,8 @@
 B batch, T time.
 """
 
-import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def first_document(segments: Tensor) -> Tensor:
@@ -22,4 +22,4 @@ def restarts(segments: Tensor) -> Tensor:
     """(B, T) bool: a document starts here that is not the first of its row, so states reset."""
     seen = segments.cummax(1).values[:, :-1]  # the document before each later position
     later = segments[:, 1:]
-    return torch.nn.functional.pad((later >= 0) & (seen >= 0) & (later != seen), (1, 0))
+    return pad((later >= 0) & (seen >= 0) & (later != seen), (1, 0))
