@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.report import Report
+from layers.state import tensors
 
 
 class Mixer(nn.Module, ABC):
@@ -17,6 +18,7 @@ class Mixer(nn.Module, ABC):
             region that `prefix_len` opens), or "leaky" (sees the future, as its paper has it).
         leak_reason: where a leaky mixer sees the future, in one line; empty for the others.
         supports_segments: whether `segments` may be given.
+        state_type: the class of its state.
         bounded_state: whether the state's size is independent of the length seen. A mixer for
             which it depends on an option sets an instance attribute of the same name.
     """
@@ -24,7 +26,9 @@ class Mixer(nn.Module, ABC):
     causal: ClassVar[Literal["strict", "prefix", "leaky"]] = "strict"
     leak_reason: ClassVar[str] = ""
     supports_segments: ClassVar[bool] = True
+    state_type: ClassVar[type] = object
     bounded_state: bool
+    d_model: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -64,6 +68,9 @@ class Mixer(nn.Module, ABC):
 
         Returns:
             y (B, T, D), and the state (None unless asked for).
+
+        Raises:
+            ValueError: what `check_input` refuses.
         """
 
     @abstractmethod
@@ -74,7 +81,10 @@ class Mixer(nn.Module, ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Any:
-        """The empty past, with room for `max_len` positions where the state grows."""
+        """The empty past, with room for `max_len` positions where the state grows.
+
+        `device` and `dtype`, of activations, are those of the parameters by default.
+        """
 
     @abstractmethod
     def state_bytes(self, batch_size: int, length: int) -> int:
@@ -83,3 +93,34 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def flops(self, batch_size: int, length: int) -> int:
         """FLOPs of a forward pass from the empty past, as torch's FlopCounterMode counts them."""
+
+    def check_input(self, x: Tensor, state: Any = None, segments: Tensor | None = None) -> None:
+        """Refuse arguments of `forward` that do not fit; every mixer calls this first.
+
+        Raises:
+            ValueError: x is not (B, T, d_model) with T >= 1, `state` is of another mixer or
+                batch, or `segments` is not integer (B, T).
+        """
+        name = type(self).__name__
+        if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.d_model:
+            raise ValueError(
+                f"{name}: x has shape {tuple(x.shape)}; expected (B, T, {self.d_model}), T >= 1"
+            )
+        if state is not None:
+            if not isinstance(state, self.state_type):
+                raise ValueError(
+                    f"{name}: state is of type {type(state).__name__}; "
+                    f"expected {self.state_type.__name__} or None"
+                )
+            batch = next(tensors(state)).shape[0]
+            if batch != x.shape[0]:
+                raise ValueError(f"{name}: state has {batch} rows; expected x's {x.shape[0]}")
+        if segments is not None and (
+            segments.shape != x.shape[:2]
+            or segments.is_floating_point()
+            or segments.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"{name}: segments is {segments.dtype} {tuple(segments.shape)}; "
+                f"expected integers {tuple(x.shape[:2])}"
+            )

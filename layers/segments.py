@@ -3,12 +3,26 @@
 B batch, T time. Document numbers are -1 for padding and else non-decreasing along a row.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 NO_DOCUMENT = -1
+
+
+class DocumentState(Protocol):
+    """What every state says about the document it ended in."""
+
+    @property
+    def segment(self) -> Tensor:
+        """(B,) int64 number of that document, NO_DOCUMENT for the empty past."""
+        ...
+
+    @property
+    def length(self) -> Tensor:
+        """(B,) int64 tokens of it that were seen."""
+        ...
 
 
 class Continuation(NamedTuple):
@@ -17,6 +31,20 @@ class Continuation(NamedTuple):
 
     carry: Tensor | None
     last: Tensor
+
+
+class Place(NamedTuple):
+    """Where the tokens of one call stand.
+
+    `carry` and `last` as in Continuation; `positions` int64 (B, T), or (T,) where every row is
+    alike, of every token inside its own document; `length` (B,) int64 tokens of document `last`
+    seen so far, this call's included.
+    """
+
+    carry: Tensor | None
+    last: Tensor
+    positions: Tensor
+    length: Tensor
 
 
 def join(previous: Tensor, segments: Tensor | None) -> Continuation:
@@ -32,6 +60,32 @@ def join(previous: Tensor, segments: Tensor | None) -> Continuation:
     first = segments.gather(1, valid.int().argmax(1, keepdim=True)).squeeze(1)
     last = torch.where(some, segments.amax(1), previous)
     return Continuation(~some | (first == previous), last.to(torch.int64))
+
+
+def place(x: Tensor, state: DocumentState | None, segments: Tensor | None) -> Place:
+    """Where the tokens of `x` (B, T, D) stand, after the past that `state` holds."""
+    B, T = x.shape[:2]
+    if state is None:
+        previous = torch.full((B,), NO_DOCUMENT, device=x.device)
+        offset = torch.zeros(B, dtype=torch.int64, device=x.device)
+    else:
+        previous, offset = state.segment, state.length
+    carry, last = join(previous, segments)
+    if segments is None or carry is None:
+        where = torch.arange(T, device=x.device)
+        return Place(carry, last, where if state is None else offset[:, None] + where, offset + T)
+    # Numbers do not decrease: a row that ends in the document it came from saw no other.
+    stays = carry & (last == previous)
+    here = ((segments == last[:, None]) & (segments >= 0)).sum(1)
+    where = positions(segments, T, offset, carry)
+    return Place(carry, last, where, here + torch.where(stays, offset, 0))
+
+
+def keep_rows(keep: Tensor | None, x: Tensor) -> Tensor:
+    """`x` (B, ...) with zeros in the rows where `keep` (B,) is False; None keeps every row."""
+    if keep is None:
+        return x
+    return torch.where(keep.view(-1, *[1] * (x.ndim - 1)), x, 0)
 
 
 def forward_fill(segments: Tensor) -> Tensor:

@@ -1,0 +1,210 @@
+"""Feature maps phi of linear attention: weights phi(q).phi(k) in place of exp(q.k).
+
+B batch, T time, H heads, K key width per head, F features per head. Every map computes in float32
+(float64 for float64 inputs) whatever the autocast, and returns that dtype.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from layers.marks import mark
+
+Activation = Literal["softmax", "exp", "exp_stable", "joint"]
+MapInit = Literal["identity", "kaiming_per_head", "zero_with_skip"]
+
+SMALLEST_FEATURE = 1e-12
+
+
+class FeatureMap(nn.Module):
+    """(B, T, H, K) -> (B, T, H, F); `num_features` is F."""
+
+    num_features: int
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs over `tokens` positions of all heads, as FlopCounterMode counts them."""
+        return 0
+
+
+class EluFeatureMap(FeatureMap):
+    """1 + elu(x): x + 1 above zero, exp(x) below (Katharopoulos et al. 2020, equation 7)."""
+
+    def __init__(self, key_dim: int) -> None:
+        super().__init__()
+        self.num_features = key_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _widen(x)
+        # Not elu(x) + 1, which cancels to zero below -17 in float32.
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+class ReluFeatureMap(FeatureMap):
+    """max(x, 0); all features of a key can be zero, so that a weight can be exactly zero."""
+
+    def __init__(self, key_dim: int) -> None:
+        super().__init__()
+        self.num_features = key_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _widen(x).relu()
+
+
+class TaylorFeatureMap(FeatureMap):
+    """Second-order Taylor polynomial of exp: phi(x).phi(y) = 1 + s + s^2/2 with s = x.y/sqrt(K).
+
+    Source: Arora et al. 2024 (Based), section 4.1; Zhang et al. 2024 (Hedgehog), section 4.1. In
+    order, phi(x) is 1, x / K^(1/4), and the outer product x x^T row by row / sqrt(2 K): F =
+    1 + K + K^2. The weights are at least 1/2, so that no normaliser comes near zero.
+
+    Args:
+        key_dim: K.
+        scale_dim: takes the place of K in the scales; K by default.
+        compressed: the same kernel with each product x_a x_b kept once (a >= b, row by row; off
+            the diagonal times sqrt(2)): F = 1 + K + K (K + 1) / 2.
+
+    Raises:
+        ValueError: `key_dim` or `scale_dim` below 1.
+    """
+
+    def __init__(
+        self, key_dim: int, *, scale_dim: int | None = None, compressed: bool = False
+    ) -> None:
+        super().__init__()
+        if key_dim < 1 or (scale_dim is not None and scale_dim < 1):
+            raise ValueError(f"key_dim={key_dim}, scale_dim={scale_dim}: expected at least 1")
+        self.scale_dim = key_dim if scale_dim is None else scale_dim
+        self.compressed = compressed
+        products = key_dim * (key_dim + 1) // 2 if compressed else key_dim**2
+        self.num_features = 1 + key_dim + products
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _widen(x) * self.scale_dim**-0.25
+        if not self.compressed:
+            products = (x[..., :, None] * x[..., None, :] * 0.5**0.5).flatten(-2)
+            return torch.cat([torch.ones_like(x[..., :1]), x, products], dim=-1)
+        features = [torch.ones_like(x[..., :1]), x]
+        for a, x_a in enumerate(x.split(1, dim=-1)):
+            features += [x_a * x[..., :a], x_a * x_a * 0.5**0.5]
+        return torch.cat(features, dim=-1)
+
+
+class HedgehogFeatureMap(FeatureMap):
+    """Learned map per head, made to imitate softmax (Zhang et al. 2024, The Hedgehog & the
+    Porcupine, section 4.2).
+
+    With z = x W_h + b_h (or x + x W_h + b_h with `skip`), phi(x) is, over both signs of z,
+
+        softmax     [softmax(z), softmax(-z)], two softmaxes over the features
+        exp         [exp(z), exp(-z)], the paper's definition; overflows beyond |z| = 88
+        exp_stable  [exp(z - max z), exp(-z + min z)], largest feature of each half 1
+        joint       softmax([2z, -2z]), one softmax over both halves
+
+    and every feature is at least 1e-12. A factor on phi(q) cancels in normalised attention; a
+    factor on phi(k) re-weights the keys, so that the four are different attentions.
+
+    Parameters: weight (H, K, f), applied as x @ weight; bias (H, f) where there is one.
+
+    Differs from the paper in its default activation, softmax over features, which is that of the
+    authors' later code (LoLCATs); `exp` is the paper's.
+
+    Args:
+        num_heads: H.
+        head_dim: K.
+        feature_dim: f; K by default. F = 2 f, or f with `halfspace`.
+        activation: one of the above.
+        halfspace: the half of +z alone; not defined for "joint".
+        bias: learn b, from zero.
+        skip: add x to x W; needs f = K.
+        init: of W. "identity" is the paper's; "kaiming_per_head" draws uniformly with bound
+            sqrt(6 / K); "zero_with_skip" starts at z = x and needs `skip`.
+
+    Raises:
+        ValueError: sizes below 1, or options that exclude each other.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        feature_dim: int | None = None,
+        *,
+        activation: Activation = "softmax",
+        halfspace: bool = False,
+        bias: bool = False,
+        skip: bool = False,
+        init: MapInit = "identity",
+    ) -> None:
+        super().__init__()
+        f = head_dim if feature_dim is None else feature_dim
+        if min(num_heads, head_dim, f) < 1:
+            raise ValueError(
+                f"num_heads={num_heads}, head_dim={head_dim}, feature_dim={f}: "
+                "each must be at least 1"
+            )
+        _check_choice("activation", activation, get_args(Activation))
+        _check_choice("init", init, get_args(MapInit))
+        if activation == "joint" and halfspace:
+            raise ValueError("halfspace=True with activation='joint': it has no half of its own")
+        if skip and f != head_dim:
+            raise ValueError(f"skip=True with feature_dim={f}: expected head_dim={head_dim}")
+        if init == "zero_with_skip" and not skip:
+            raise ValueError("init='zero_with_skip' with skip=False: every feature would be equal")
+        self.activation: Activation = activation
+        self.halfspace = halfspace
+        self.skip = skip
+        self.init: MapInit = init
+        self.num_features = f if halfspace else 2 * f
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, f))
+        self.bias = nn.Parameter(torch.empty(num_heads, f)) if bias else None
+        # Decay would pull W to zero: every weight equal.
+        mark(self, "weight", *(["bias"] if bias else []), decay=False, own_init=True)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters as `init` says."""
+        K, f = self.weight.shape[1:]
+        if self.init == "identity":
+            self.weight.copy_(torch.eye(K, f))
+        elif self.init == "kaiming_per_head":
+            bound = (6 / K) ** 0.5
+            self.weight.uniform_(-bound, bound)
+        else:
+            self.weight.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, K) -> (B, T, H, F)."""
+        x = _widen(x)
+        with torch.autocast(x.device.type, enabled=False):
+            z = torch.einsum("bthk,hkf->bthf", x, self.weight.to(x.dtype))
+        if self.bias is not None:
+            z = z + self.bias
+        if self.skip:
+            z = z + x
+        return self._activate(z).clamp(min=SMALLEST_FEATURE)
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.weight.numel()
+
+    def _activate(self, z: Tensor) -> Tensor:
+        halves = [z] if self.halfspace else [z, -z]
+        if self.activation == "joint":
+            return torch.cat([2 * half for half in halves], dim=-1).softmax(-1)
+        if self.activation == "softmax":
+            return torch.cat([half.softmax(-1) for half in halves], dim=-1)
+        if self.activation == "exp_stable":
+            halves = [half - half.amax(-1, keepdim=True) for half in halves]
+        return torch.cat([half.exp() for half in halves], dim=-1)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: allowed: {', '.join(allowed)}")
