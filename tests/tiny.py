@@ -1,0 +1,53 @@
+"""Tiny language models of any pattern, built as the configuration builds them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from models.build import build_model
+from models.language_model import LanguageModel
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+
+# Shorter than the sequences of a test, so that what lies behind them is forgotten in it.
+SHORT = {"sliding_window": {"window": 7}}
+
+
+def tiny_model(
+    pattern: str | Sequence[str], *, vocab_size: int = 31, num_layers: int = 2, seed: int = 0
+) -> LanguageModel:
+    """A model of width 32 whose weights are so large that it predicts all sorts of tokens.
+
+    Its head is not tied: a fresh model with a tied one mostly repeats what it reads.
+    """
+    cfg = OmegaConf.create(
+        {
+            "model": {
+                "d_model": 32,
+                "num_layers": num_layers,
+                "num_heads": 2,
+                "tie_embeddings": False,
+                "dropout": 0.1,
+                "embedding_dropout": 0.1,
+            },
+            "mixers": {name: OmegaConf.load(CONF / "mixer" / f"{name}.yaml") for name in MIXERS},
+            "channel_mixer": OmegaConf.load(CONF / "channel_mixer" / "swiglu.yaml"),
+            "norm": OmegaConf.load(CONF / "norm" / "rmsnorm.yaml"),
+            "projection": OmegaConf.load(CONF / "projection" / "dense.yaml"),
+            "projection_in": "all",
+            "pattern": pattern if isinstance(pattern, str) else list(pattern),
+        }
+    )
+    cfg.mixers.merge_with(SHORT)
+    torch.manual_seed(seed)
+    model = build_model(cfg, vocab_size)
+    with torch.no_grad():
+        for embedding in (model.embedding, model.head):
+            embedding.weight.mul_(25)  # type: ignore[union-attr]
+        for name, parameter in model.blocks.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.mul_(5)
+    return model
