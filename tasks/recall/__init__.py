@@ -1,0 +1,1 @@
+"""Recall tasks, generated from a seed."""

@@ -1,0 +1,1 @@
+"""Language modelling: corpora, tokenisers, the token cache and windows over it."""
