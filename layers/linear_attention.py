@@ -15,7 +15,7 @@ from layers.feature_maps import EluFeatureMap, FeatureMap, ReluFeatureMap, Taylo
 from layers.multihead import MultiHeadMixer
 from layers.projection import Dense, Projection
 from layers.report import Report
-from layers.segments import NO_DOCUMENT, keep_rows, place
+from layers.segments import NO_DOCUMENT, Place, keep_rows, place
 
 FeatureMapName = Literal["elu", "relu", "taylor"]
 
@@ -63,9 +63,7 @@ class FeatureMapAttention(MultiHeadMixer):
         if self.num_kv_heads != self.num_heads:
             groups = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        past = None
-        if state is not None:
-            past = keep_rows(where.carry, state.S), keep_rows(where.carry, state.z)
+        past = self.past_sums(x, where, state, segments, prefix_len)
         mixed = linear_attention(
             self.query_map(q).to(v.dtype),
             self.key_map(k).to(v.dtype),
@@ -81,6 +79,19 @@ class FeatureMapAttention(MultiHeadMixer):
             return self.merge(mixed), None
         y, (S, z) = mixed
         return self.merge(y), LinearAttentionState(S, z, where.length, where.last)
+
+    def past_sums(
+        self,
+        x: Tensor,
+        where: Place,
+        state: LinearAttentionState | None,
+        segments: Tensor | None,
+        prefix_len: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """S and z that each row's first document starts from; None is zero."""
+        if state is None:
+            return None
+        return keep_rows(where.carry, state.S), keep_rows(where.carry, state.z)
 
     def new_state(
         self,

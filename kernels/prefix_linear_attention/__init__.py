@@ -5,10 +5,10 @@ from torch import Tensor
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
 from kernels.linear_attention.reference import State
-from kernels.prefix_linear_attention.chunked import prefix_linear_attention_torch
+from kernels.prefix_linear_attention.chunked import prefix_linear_attention_torch, prefix_sums
 from kernels.prefix_linear_attention.reference import prefix_linear_attention_reference
 
-__all__ = ["prefix_linear_attention"]
+__all__ = ["prefix_linear_attention", "prefix_sums"]
 
 _FORMS = {"torch": prefix_linear_attention_torch, "reference": prefix_linear_attention_reference}
 

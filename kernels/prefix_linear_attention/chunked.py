@@ -9,6 +9,17 @@ from kernels.precision import accumulation_dtype, outside_autocast
 
 
 @outside_autocast
+def prefix_sums(k_prefix: Tensor, v_prefix: Tensor) -> State:
+    """S (B, H, K, V) and z (B, H, K) over k_prefix (B, M, H, K) and v_prefix (B, M, H, V).
+
+    Linear attention started from them is prefix linear attention. float32, or float64 for
+    float64 inputs.
+    """
+    dtype = accumulation_dtype(k_prefix, v_prefix)
+    keys = k_prefix.to(dtype)
+    return torch.einsum("bmhk,bmhv->bhkv", keys, v_prefix.to(dtype)), keys.sum(1)
+
+
 def prefix_linear_attention_torch(
     q: Tensor,
     k: Tensor,
@@ -19,15 +30,12 @@ def prefix_linear_attention_torch(
     eps: float,
     segments: Tensor | None,
 ) -> tuple[Tensor, State]:
-    dtype = accumulation_dtype(q, k, v)
-    keys, values = k_prefix.to(dtype), v_prefix.to(dtype)
-    S = torch.einsum("bmhk,bmhv->bhkv", keys, values)
     y, state = linear_attention(
         q,
         k,
         v,
         eps=eps,
-        initial_state=(S, keys.sum(1)),
+        initial_state=prefix_sums(k_prefix, v_prefix),
         return_state=True,
         segments=segments,
         backend="torch",
