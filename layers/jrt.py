@@ -11,7 +11,7 @@ from kernels.prefix_linear_attention import prefix_sums
 from layers.feature_maps import TaylorFeatureMap
 from layers.linear_attention import FeatureMapAttention, LinearAttentionState
 from layers.projection import Dense, Projection
-from layers.segments import Place
+from layers.segments import Place, inside_prefix
 
 
 class PrefixLinearAttention(FeatureMapAttention):
@@ -99,25 +99,10 @@ class PrefixLinearAttention(FeatureMapAttention):
             raise ValueError(
                 "prefix_len and state: a prefix opens a sequence, a state continues one"
             )
-        inside = _prefix(where.positions, segments, prefix_len, x)  # (B, T)
+        inside = inside_prefix(prefix_len, x.shape[1], segments)  # (B, T)
         end = int(inside.any(0).nonzero().max()) + 1 if inside.any() else 0
         x, inside = x[:, :end], inside[:, :end, None, None]
         k = rearrange(self.k_prefix_proj(x), "b m (h k) -> b m h k", h=self.num_heads)
         v = rearrange(self.v_prefix_proj(x), "b m (h v) -> b m h v", h=self.num_heads)
         # Masked after the map: a key of zeros has the feature 1 and would still count.
         return prefix_sums(self.key_map(k).to(v.dtype) * inside, v)
-
-
-def _prefix(positions: Tensor, segments: Tensor | None, prefix_len: Tensor, x: Tensor) -> Tensor:
-    """(B, T) bool: the token is one of the first `prefix_len` of its row's first document."""
-    B, T = x.shape[:2]
-    if prefix_len.shape != (B,) or prefix_len.is_floating_point() or int(prefix_len.min()) < 0:
-        raise ValueError(
-            f"prefix_len is {prefix_len.dtype} {tuple(prefix_len.shape)}, at least "
-            f"{prefix_len.min()}; expected integers ({B},) of at least 0"
-        )
-    inside = positions.expand(B, T) < prefix_len[:, None]
-    if segments is None:
-        return inside
-    first = segments.gather(1, (segments >= 0).int().argmax(1, keepdim=True))
-    return inside & (segments == first) & (segments >= 0)
