@@ -117,7 +117,7 @@ def positions(
     return (index - base.cummax(1).values).clamp(min=0)
 
 
-def inside_prefix(prefix_len: Tensor, length: int, segments: Tensor | None) -> Tensor:
+def inside_prefix(prefix_len: Tensor, batch: int, length: int, segments: Tensor | None) -> Tensor:
     """(B, T) bool: the token is one of the first `prefix_len` (B,) of its row's first document.
 
     Padding is not counted, so that left padding moves a prefix and does not shorten it; a prefix
@@ -126,11 +126,10 @@ def inside_prefix(prefix_len: Tensor, length: int, segments: Tensor | None) -> T
     Raises:
         ValueError: `prefix_len` is not (B,) integers of at least 0.
     """
-    B = prefix_len.shape[0] if segments is None else segments.shape[0]
-    if prefix_len.shape != (B,) or prefix_len.is_floating_point() or int(prefix_len.min()) < 0:
+    if prefix_len.shape != (batch,) or prefix_len.is_floating_point() or int(prefix_len.min()) < 0:
         raise ValueError(
             f"prefix_len is {prefix_len.dtype} {tuple(prefix_len.shape)}, at least "
-            f"{prefix_len.min()}; expected integers ({B},) of at least 0"
+            f"{prefix_len.min()}; expected integers ({batch},) of at least 0"
         )
     inside = positions(segments, length, torch.zeros_like(prefix_len)) < prefix_len[:, None]
     if segments is None:
