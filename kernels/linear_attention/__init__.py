@@ -4,8 +4,8 @@ from torch import Tensor
 
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
-from kernels.linear_attention.chunked import linear_attention_torch
 from kernels.linear_attention.flops import CHUNK, linear_attention_flops
+from kernels.linear_attention.op import linear_attention_torch
 from kernels.linear_attention.reference import State, linear_attention_reference
 
 __all__ = ["CHUNK", "State", "linear_attention", "linear_attention_flops"]
@@ -67,6 +67,7 @@ def linear_attention(
         eps=eps,
         initial_state=initial_state,
         segments=segments,
+        return_state=return_state,
     )
     return (y, state) if return_state else y
 

@@ -23,6 +23,7 @@ def linear_attention_reference(
     eps: float = 1e-6,
     initial_state: State | None = None,
     segments: Tensor | None = None,
+    return_state: bool = True,
 ) -> tuple[Tensor, State]:
     """S_t = S_{t-1} + k_t v_t^T, z_t = z_{t-1} + k_t, y_t = q_t S_t / (q_t.z_t + eps)."""
     (B, T, H, K), V = q.shape, v.shape[3]

@@ -1,0 +1,246 @@
+"""The chunked form and the steps as torch operators: seqmix::linear_attention*.
+
+Being operators, they are counted by FlopCounterMode through their formulas and are not traced by
+torch.compile. B batch, T time, H heads, K features, V value width, W = V plus the normaliser.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.linear_attention.chunked import chunked_backward, chunked_forward
+from kernels.linear_attention.flops import (
+    linear_attention_backward_flops,
+    linear_attention_flops,
+)
+from kernels.linear_attention.reference import State
+from kernels.linear_attention.step import MOST_STEPS, steps
+from kernels.precision import accumulation_dtype
+from kernels.segments import first_document, last_document
+
+
+def linear_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    normalize: bool,
+    eps: float,
+    initial_state: State | None,
+    segments: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, State | None]:
+    """The chunked form, or single steps for a few tokens with no gradient to keep."""
+    S, z = initial_state or (None, None)
+    few = q.shape[1] <= (MOST_STEPS if segments is None else 1)
+    if few and not (torch.is_grad_enabled() and _any_requires_grad(q, k, v, S, z)):
+        padding = None if segments is None else segments < 0
+        y, S, z = torch.ops.seqmix.linear_attention_steps(
+            q, k, v, S, z, padding, scale, normalize, eps
+        )
+        return y, (S, z)
+    state = S
+    if normalize and S is not None and z is not None:
+        state = torch.cat([S, z[..., None].to(S.dtype)], dim=-1)
+    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps)
+    if not return_state:
+        return y, None
+    if normalize:
+        V = v.shape[3]
+        return y, (state[..., :V].contiguous(), state[..., V].contiguous())
+    return y, (state, _key_sum(k, z, segments, state.dtype))
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _key_sum(k: Tensor, z: Tensor | None, segments: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sum of each row's last document's keys, (B, H, K)."""
+    if segments is None:
+        total = k.sum(1, dtype=dtype)
+        return total if z is None else total + z
+    last = last_document(segments)
+    mine = (segments == last[:, None]) & (segments >= 0)
+    total = (k * mine[:, :, None, None]).sum(1, dtype=dtype)
+    if z is None:
+        return total
+    return total + torch.where((last == first_document(segments))[:, None, None], z, 0)
+
+
+@custom_op("seqmix::linear_attention", mutates_args=())
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    segments: Tensor | None,
+    scale: float,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return chunked_forward(q, k, v, state, segments, scale, normalize, eps)
+
+
+@_chunked.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    segments: Tensor | None,
+    scale: float,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, H, K), V = q.shape, v.shape[3]
+    exact = accumulation_dtype(q, k, v)
+    return (
+        v.new_empty(B, T, H, V),
+        q.new_empty(B, H, K, V + int(normalize), dtype=exact),
+        q.new_empty(B, T, H, int(normalize), dtype=exact),
+    )
+
+
+@custom_op("seqmix::linear_attention_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor | None,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    segments: Tensor | None,
+    y: Tensor,
+    sums: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return chunked_backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor | None,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    segments: Tensor | None,
+    y: Tensor,
+    sums: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, _, H, K), W = q.shape, v.shape[3] + sums.shape[3]
+    first = q.new_empty(B, H, K, W, dtype=sums.dtype)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), first
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, state, segments, scale, _normalize, _eps = inputs
+    y, _, sums = output
+    ctx.save_for_backward(q, k, v, state, segments, y, sums)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)  # an output that nobody used costs nothing
+
+
+def _differentiate(
+    ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, state, segments, y, sums = ctx.saved_tensors
+    dq, dk, dv, d_state = _backward(
+        grad_y, grad_state, q, k, v, state, segments, y, sums, ctx.scale
+    )
+    d_state = None if state is None else d_state.to(state.dtype)
+    return dq, dk, dv, d_state, None, None, None, None
+
+
+_chunked.register_autograd(_differentiate, setup_context=_save)
+
+# Registered by hand: custom_op's own layer would cost half as much as a step.
+_library = torch.library.Library("seqmix", "FRAGMENT")
+_library.define(
+    "linear_attention_steps(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, Tensor? padding, "
+    "float scale, bool normalize, float eps) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("linear_attention_steps", steps, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("seqmix::linear_attention_steps", lib=_library)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor | None,
+    z: Tensor | None,
+    padding: Tensor | None,
+    scale: float,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, H, K), V = q.shape, v.shape[3]
+    exact = accumulation_dtype(q, k, v)
+    return (
+        v.new_empty(B, T, H, V),
+        q.new_empty(B, H, K, V, dtype=exact),
+        q.new_empty(B, H, K, dtype=exact),
+    )
+
+
+Shape = Sequence[int]
+
+
+@register_flop_formula(torch.ops.seqmix.linear_attention)
+def _(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    state: Shape | None,
+    segments: Shape | None,
+    scale: float,
+    normalize: bool,
+    eps: float,
+    out_shape: Any = None,
+) -> int:
+    (B, T, H, K), V = q, v[3]
+    return linear_attention_flops(B, T, H, K, V, normalize=normalize)
+
+
+@register_flop_formula(torch.ops.seqmix.linear_attention_steps)
+def _(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    S: Shape | None,
+    z: Shape | None,
+    padding: Shape | None,
+    scale: float,
+    normalize: bool,
+    eps: float,
+    out_shape: Any = None,
+) -> int:
+    (B, T, H, K), V = q, v[3]
+    return linear_attention_flops(B, T, H, K, V, normalize=normalize)
+
+
+@register_flop_formula(torch.ops.seqmix.linear_attention_backward)
+def _(
+    grad_y: Shape | None,
+    grad_state: Shape | None,
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    state: Shape | None,
+    segments: Shape | None,
+    y: Shape,
+    sums: Shape,
+    scale: float,
+    out_shape: Any = None,
+) -> int:
+    (B, T, H, K), V = q, v[3]
+    return linear_attention_backward_flops(B, T, H, K, V, normalize=sums[3] == 1)
