@@ -6,6 +6,8 @@ from kernels.dispatch import BackendError
 from kernels.linear_attention import linear_attention
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_nll
 from kernels.rms_norm import rms_norm
+from kernels.selective_scan import selective_scan
+from kernels.ssd import ssd
 
 __all__ = [
     "BackendError",
@@ -15,6 +17,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_nll",
     "rms_norm",
+    "selective_scan",
+    "ssd",
 ]
 
 # `kernels` is also the name of a distribution that other libraries probe for; they read this.

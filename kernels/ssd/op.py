@@ -1,0 +1,156 @@
+"""Chunked SSD as a torch operator: one call for compilers, one node for autograd.
+
+B batch, L time, H heads, P width per head, N state, G groups.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.precision import accumulation_dtype, outside_autocast
+from kernels.ssd import chunked
+from kernels.ssd.flops import ssd_backward_flops, ssd_flops
+from kernels.ssd.reference import ssd_reference
+from kernels.ssd.spans import Arguments
+
+
+@torch.library.custom_op("seqmix::ssd", mutates_args=())
+@outside_autocast
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_states: Tensor | None,
+    documents: Tensor | None,
+    chunk_size: int,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
+    if x.shape[1] == 1 and not keep_states:  # one step is the recurrence itself
+        y, last = ssd_reference(*arguments)
+        return y, last, last.new_empty(0)
+    return chunked.forward(Arguments(*arguments), keep_states)
+
+
+@_forward.register_fake
+def _(x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size, keep_states):
+    (batch, length, H, P), (G, N) = x.shape, B.shape[2:]
+    dtype = accumulation_dtype(x)
+    chunks = -(-length // chunk_size) if keep_states else 0
+    last = x.new_empty(batch, H, P, N, dtype=dtype)
+    return torch.empty_like(x), last, x.new_empty(batch, chunks, G, N, H // G * P, dtype=dtype)
+
+
+@torch.library.custom_op("seqmix::ssd_backward", mutates_args=())
+@outside_autocast
+def _backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    kept: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_states: Tensor | None,
+    documents: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
+    return chunked.backward(Arguments(*arguments), kept, grad_y, grad_last)
+
+
+@_backward.register_fake
+def _(grad_y, grad_last, kept, *arguments):
+    return chunked.new_gradients(Arguments(*arguments), grad_last)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, chunk_size, _ = inputs
+    _, last, kept = output
+    ctx.save_for_backward(kept, *tensors)
+    ctx.chunk_size, ctx.state_shape = chunk_size, last.shape
+    ctx.set_materialize_grads(False)  # `kept` would get a gradient of zeros of its own size
+
+
+def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _: None) -> tuple:
+    kept, *tensors = ctx.saved_tensors
+    x, dt, log_decay, _, _, D, z, initial_states, _ = tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(x)
+    if grad_last is None:
+        grad_last = kept.new_zeros(ctx.state_shape)
+    grads = chunked.Gradients(*_backward(grad_y, grad_last, kept, *tensors, ctx.chunk_size))
+    grad_D = grad_initial = None
+    if D is not None:
+        grad_D = (grads.D if D.ndim == 2 else grads.D.sum(1)).to(D.dtype)
+    if initial_states is not None:
+        grad_initial = grads.initial_states.to(initial_states.dtype)
+    return (
+        grads.x,
+        grads.dt.to(dt.dtype),
+        grads.log_decay.to(log_decay.dtype),
+        grads.B,
+        grads.C,
+        grad_D,
+        None if z is None else grads.z,
+        grad_initial,
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.seqmix.ssd)
+def _(x_shape: Any, dt_shape: Any, decay_shape: Any, B_shape: Any, *rest: Any, **_: Any) -> int:
+    (batch, length, H, P), (G, N), chunk_size = x_shape, B_shape[2:], rest[-2]
+    return ssd_flops(batch, length, H, P, N, G, chunk_size)
+
+
+@register_flop_formula(torch.ops.seqmix.ssd_backward)
+def _(
+    grad_y_shape: Any,
+    grad_last_shape: Any,
+    kept_shape: Any,
+    x_shape: Any,
+    dt_shape: Any,
+    decay_shape: Any,
+    B_shape: Any,
+    C_shape: Any,
+    D_shape: Any,
+    z_shape: Any,
+    *rest: Any,
+    **_: Any,
+) -> int:
+    (batch, length, H, P), (G, N), chunk_size = x_shape, B_shape[2:], rest[-1]
+    return ssd_backward_flops(batch, length, H, P, N, G, chunk_size, gated=z_shape is not None)
+
+
+def ssd_torch(
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_states: Tensor | None,
+    documents: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """ssd_reference, by chunks; keeps states only for a backward pass."""
+    given = (x, dt, log_decay, B, C, D, z, initial_states)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    y, last, _ = _forward(x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size, keep)
+    return y, last
