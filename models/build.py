@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 from torch import nn
@@ -38,8 +39,8 @@ def build_model(cfg: DictConfig, vocab_size: int) -> LanguageModel:
     for_mixers = chosen if cfg.projection_in in ("all", "mixers") else Dense
     for_channels = chosen if cfg.projection_in in ("all", "channel_mixers") else Dense
     names = pattern_over_depth(cfg.pattern, size.num_layers)
-    mixers: list[Mixer] = [_layer(cfg.mixers[name], for_mixers) for name in names]
-    channel_mixers = [_layer(cfg.channel_mixer, for_channels) for _ in names]
+    mixers: list[Mixer] = [_layer(f"mixers.{n}", cfg.mixers[n], for_mixers) for n in names]
+    channel_mixers = [_layer("channel_mixer", cfg.channel_mixer, for_channels) for _ in names]
     norm: Callable[[int], nn.Module] = instantiate(cfg.norm)
     return LanguageModel(
         vocab_size,
@@ -53,9 +54,17 @@ def build_model(cfg: DictConfig, vocab_size: int) -> LanguageModel:
     )
 
 
-def _layer(node: DictConfig, projection: Projection) -> Any:
-    """One layer, handed `projection` if it makes dense projections; None for `_target_: null`."""
+def _layer(key: str, node: DictConfig, projection: Projection) -> Any:
+    """One layer, handed `projection` if it makes dense projections; None for `_target_: null`.
+
+    What the layer does not allow is told with the `key` of its node.
+    """
     if node.get("_target_") is None:
         return None
     takes = inspect.signature(get_class(node._target_)).parameters
-    return instantiate(node, **({"projection": projection} if "projection" in takes else {}))
+    try:
+        return instantiate(node, **({"projection": projection} if "projection" in takes else {}))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, (ValueError, TypeError)):
+            raise ValueError(f"{key}: {error.__cause__}") from error
+        raise

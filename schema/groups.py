@@ -1,0 +1,108 @@
+"""What each group of a configuration holds.
+
+Groups that a constructor takes as a whole are nodes with `_target_`, typed by its signature.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from schema.types import Between, Node
+
+Positive = Annotated[int, Between(1)]
+Count = Annotated[int, Between(0)]
+Share = Annotated[float, Between(0, 1)]
+Accelerator = Literal["auto", "cpu", "gpu"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass
+class Data:
+    """Where data is looked for (`root`) and where tokenised text is kept (`cache`)."""
+
+    root: str | None
+    cache: str | None
+
+
+@dataclass
+class Model:
+    """A size."""
+
+    d_model: Positive
+    num_layers: Positive
+    num_heads: Positive
+    tie_embeddings: bool
+    dropout: Share
+    embedding_dropout: Share
+
+
+@dataclass
+class Trainer:
+    """The machine, the length of a run and what happens every so many steps.
+
+    A step is an update of the parameters: `accumulate` batches.
+    """
+
+    accelerator: Accelerator
+    devices: Positive
+    precision: Precision
+    max_steps: Positive
+    accumulate: Positive
+    gradient_clip: Annotated[float, Between(0)] | None
+    validate_every: Positive
+    checkpoint_every: Positive
+    keep_checkpoints: Positive
+    log_every: Positive
+    num_workers: Count
+    keep_pages: bool
+    deterministic: bool
+
+
+@dataclass
+class Train:
+    """conf/config.yaml: what train.py takes."""
+
+    pattern: str | list[str]
+    projection_in: Literal["all", "mixers", "channel_mixers"]
+    seed: Annotated[int, Between(0, 2**32 - 1)]
+    run_dir: str | None
+    resume: str | None
+    compile: bool
+    data: Data
+    model: Model
+    trainer: Trainer
+    task: Node
+    mixers: dict[str, Node]
+    channel_mixer: Node | None
+    norm: Node
+    projection: Node
+    memory: Node | None
+    objective: Node
+    optimizer: Node
+    scheduler: Node
+    logger: Node | None
+    callbacks: dict[str, Node]
+
+
+@dataclass
+class Eval:
+    """conf/eval.yaml: what eval.py takes.
+
+    `model` and `channel_mixer` are there because a text task chooses them; the network is the
+    run's own.
+    """
+
+    run: str
+    checkpoint: str
+    split: Literal["validation", "test"]
+    eval: Node
+    data: Data
+    accelerator: Accelerator
+    precision: Precision
+    num_workers: Count
+    seed: Annotated[int, Between(0, 2**32 - 1)]
+    task: Node | None = None
+    model: Any = None
+    channel_mixer: Any = None
+
+
+SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval}
