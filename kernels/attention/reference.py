@@ -6,9 +6,10 @@ B batch, T queries, S keys (the queries are the last T of S positions), H heads,
 import torch
 from torch import Tensor
 
-from kernels.precision import accumulation_dtype
+from kernels.precision import accumulation_dtype, outside_autocast
 
 
+@outside_autocast
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -22,9 +23,8 @@ def attention_reference(
     """y_t = sum_s softmax_s(scale q_t.k_s) v_s over the keys that query t may see."""
     T, S, D = q.shape[1], k.shape[1], q.shape[3]
     dtype = accumulation_dtype(q, k, v)
-    scale = D**-0.5 if scale is None else scale
     groups = q.shape[2] // k.shape[2]
-    qs = (q.to(dtype) * scale).unbind(1)
+    qs = (q.to(dtype) * (D**-0.5 if scale is None else scale)).unbind(1)
     ks = k.to(dtype).repeat_interleave(groups, dim=2)  # (B, S, H, D)
     vs = v.to(dtype).repeat_interleave(groups, dim=2)
     if segments is None:

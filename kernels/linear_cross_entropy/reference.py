@@ -6,11 +6,12 @@ N tokens, D model width, V vocabulary.
 import torch
 from torch import Tensor
 
-from kernels.precision import accumulation_dtype
+from kernels.precision import accumulation_dtype, outside_autocast
 
 IGNORE = -100
 
 
+@outside_autocast
 def linear_nll_reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """nll_n = log sum_v exp(x_n.w_v) - x_n.w_target, 0 where the target is ignored; (N,)."""
     dtype = accumulation_dtype(x, weight)
