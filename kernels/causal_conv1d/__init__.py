@@ -2,13 +2,15 @@
 
 from torch import Tensor
 
+from kernels.causal_conv1d.flops import causal_conv1d_flops
+from kernels.causal_conv1d.op import causal_conv1d_torch
 from kernels.causal_conv1d.reference import causal_conv1d_reference
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
 
 __all__ = ["causal_conv1d", "causal_conv1d_flops"]
 
-_FORMS = {"torch": causal_conv1d_reference, "reference": causal_conv1d_reference}
+_FORMS = {"torch": causal_conv1d_torch, "reference": causal_conv1d_reference}
 
 
 def causal_conv1d(
@@ -59,13 +61,9 @@ def causal_conv1d(
         activation=activation,
         initial_state=initial_state,
         segments=segments,
+        return_state=return_state,
     )
     return (y, state) if return_state else y
-
-
-def causal_conv1d_flops(batch: int, length: int, channels: int, taps: int) -> int:
-    """FLOPs of one forward pass as FlopCounterMode counts them."""
-    return 2 * batch * length * channels * taps
 
 
 def _check(

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from kernels.precision import accumulation_dtype
+from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.segments import first_document
 
 
+@outside_autocast
 def causal_conv1d_reference(
     x: Tensor,
     weight: Tensor,
@@ -19,9 +20,10 @@ def causal_conv1d_reference(
     activation: str | None = None,
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
+    return_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """y_t = act(bias + sum_j weight[:, W-1-j] x_{t-j}), x before the start from the state."""
-    (B, T, D), W = x.shape, weight.shape[1]
+    (B, _, D), W = x.shape, weight.shape[1]
     dtype = accumulation_dtype(x, weight)
     taps = weight.to(dtype).T  # (W, D), the last one meets the newest input
     past = x.new_zeros(B, W - 1, D) if initial_state is None else initial_state

@@ -1,0 +1,172 @@
+"""The convolution and its single step as torch operators: seqmix::causal_conv1d*.
+
+Being operators, they are counted by FlopCounterMode through their formulas and are not traced by
+torch.compile. B batch, T time, D channels, W taps.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.causal_conv1d import shifted
+from kernels.causal_conv1d.documents import last_inputs
+from kernels.causal_conv1d.flops import causal_conv1d_flops
+from kernels.precision import accumulation_dtype, outside_autocast
+
+Shape = Sequence[int]
+
+
+def causal_conv1d_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Shifted sums, or one step where there is one token and no gradient to keep."""
+    silu = activation == "silu"
+    given = (x, weight, bias, initial_state)
+    kept = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    state = initial_state
+    if state is None and (return_state or not kept):
+        state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if x.shape[1] == 1 and not kept and state is not None:
+        padding = None if segments is None else segments < 0
+        return torch.ops.seqmix.causal_conv1d_step(x, weight, bias, state, padding, silu)
+    y = _convolve(x, weight, bias, initial_state, segments, silu)
+    if not return_state or state is None:
+        return y, None
+    return y, last_inputs(x, state, segments)
+
+
+@custom_op("seqmix::causal_conv1d", mutates_args=())
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    return shifted.forward(x, weight, bias, state, segments, silu)
+
+
+@_convolve.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@custom_op("seqmix::causal_conv1d_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return shifted.backward(grad_y, x, weight, bias, state, segments, silu)
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact = accumulation_dtype(x, weight)
+    (B, _, D), W = x.shape, weight.shape[1]
+    return (
+        torch.empty_like(x),
+        weight.new_empty(D, W),
+        x.new_empty(D, dtype=exact),
+        x.new_empty(B, W - 1, D, dtype=exact),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, state, segments = ctx.saved_tensors
+    dx, d_weight, d_bias, d_state = _backward(grad_y, x, weight, bias, state, segments, ctx.silu)
+    d_bias = None if bias is None else d_bias.to(bias.dtype)
+    d_state = None if state is None else d_state.to(state.dtype)
+    return dx, d_weight, d_bias, d_state, None, None
+
+
+_convolve.register_autograd(_differentiate, setup_context=_save)
+
+
+@outside_autocast
+def _step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    padding: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (B, 1, D) and the state after it; `padding` bool (B, 1)."""
+    inputs = torch.cat([state.to(x.dtype), x], 1)
+    u = (inputs.to(accumulation_dtype(x, weight)) * weight.T).sum(1, keepdim=True)
+    if bias is not None:
+        u += bias
+    after = inputs[:, 1:].contiguous()
+    if padding is not None:
+        after = torch.where(padding[..., None], state.to(x.dtype), after)
+    return (torch.nn.functional.silu(u) if silu else u).to(x.dtype), after
+
+
+# Registered by hand: custom_op's own layer would cost more than the step.
+_library = torch.library.Library("seqmix", "FRAGMENT")
+_library.define(
+    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor state, Tensor? padding, "
+    "bool silu) -> (Tensor, Tensor)"
+)
+_library.impl("causal_conv1d_step", _step, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("seqmix::causal_conv1d_step", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    padding: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(state.shape)
+
+
+@register_flop_formula([torch.ops.seqmix.causal_conv1d, torch.ops.seqmix.causal_conv1d_step])
+def _(x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    B, T, D = x
+    return causal_conv1d_flops(B, T, D, weight[1])
+
+
+@register_flop_formula(torch.ops.seqmix.causal_conv1d_backward)
+def _(grad_y: Shape, x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    B, T, D = x
+    return 2 * causal_conv1d_flops(B, T, D, weight[1])
