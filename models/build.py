@@ -29,7 +29,8 @@ def pattern_over_depth(pattern: str | Sequence[str], num_layers: int) -> list[st
 def build_model(cfg: DictConfig, vocab_size: int) -> LanguageModel:
     """The model that `cfg` describes, initialised from torch's global generator.
 
-    Reads the nodes model, pattern, mixers, channel_mixer, norm, projection, projection_in.
+    Reads the nodes model, pattern, mixers, channel_mixer, norm, projection, projection_in and
+    extra_tokens.
 
     Raises:
         ValueError: an option that the model or one of its layers does not allow.
@@ -51,6 +52,7 @@ def build_model(cfg: DictConfig, vocab_size: int) -> LanguageModel:
         tie_embeddings=size.tie_embeddings,
         dropout=size.dropout,
         embedding_dropout=size.embedding_dropout,
+        extra_tokens=cfg.extra_tokens,
     )
 
 

@@ -148,9 +148,10 @@ def _check_prompt(
             "expected integers (B, T) with T >= 1"
         )
     low, high = prompt.aminmax()
-    if low < 0 or high >= model.vocab_size:
+    readable = model.vocab_size + model.extra_tokens
+    if low < 0 or high >= readable:
         raise ValueError(
-            f"prompt holds ids {int(low)} to {int(high)}; allowed: 0 to {model.vocab_size - 1}"
+            f"prompt holds ids {int(low)} to {int(high)}; allowed: 0 to {readable - 1}"
         )
     if prefix_len is not None and state is not None:
         raise ValueError("prefix_len and state: a prefix opens a sequence, a state continues one")

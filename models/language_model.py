@@ -32,6 +32,7 @@ class LanguageModel(nn.Module):
         tie_embeddings: the head shares the embedding's matrix (Press and Wolf 2017).
         dropout: on the output of every branch (residual dropout).
         embedding_dropout: on the embedded tokens.
+        extra_tokens: ids from V on that can be read and are never predicted, such as a mask.
 
     Raises:
         ValueError: sizes that are not positive, or lists of different lengths.
@@ -48,6 +49,7 @@ class LanguageModel(nn.Module):
         tie_embeddings: bool = True,
         dropout: float = 0.0,
         embedding_dropout: float = 0.0,
+        extra_tokens: int = 0,
     ) -> None:
         super().__init__()
         if vocab_size < 1 or d_model < 1 or not mixers:
@@ -55,11 +57,14 @@ class LanguageModel(nn.Module):
                 f"vocab_size={vocab_size}, d_model={d_model}, {len(mixers)} mixers: "
                 "each must be at least 1"
             )
+        if extra_tokens < 0:
+            raise ValueError(f"extra_tokens={extra_tokens}: expected at least 0")
         if len(mixers) != len(channel_mixers):
             raise ValueError(f"{len(mixers)} mixers but {len(channel_mixers)} channel mixers")
         self.vocab_size = vocab_size
         self.d_model = d_model
-        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.extra_tokens = extra_tokens
+        self.embedding = nn.Embedding(vocab_size + extra_tokens, d_model)
         self.embedding_dropout = nn.Dropout(embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -79,7 +84,10 @@ class LanguageModel(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D), whether tied or not."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        if self.head is not None:
+            return self.head.weight
+        weight = self.embedding.weight
+        return weight[: self.vocab_size] if self.extra_tokens else weight
 
     @property
     def causal(self) -> str:
@@ -114,7 +122,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, ModelState | None]:
         """What the head reads: (B, T, D) after the final norm, and the state.
 
-        Arguments as in the mixer contract, with `tokens` int (B, T) in [0, V).
+        Arguments as in the mixer contract, with `tokens` int (B, T) in
+        [0, V + extra_tokens).
 
         Raises:
             ValueError: `tokens` is not (B, T) with T >= 1, or `state` has another depth.

@@ -62,6 +62,7 @@ class Train:
     """conf/config.yaml: what train.py takes."""
 
     pattern: str | list[str]
+    extra_tokens: Count
     projection_in: Literal["all", "mixers", "channel_mixers"]
     seed: Annotated[int, Between(0, 2**32 - 1)]
     run_dir: str | None
@@ -87,8 +88,7 @@ class Train:
 class Eval:
     """conf/eval.yaml: what eval.py takes.
 
-    `model` and `channel_mixer` are there because a text task chooses them; the network is the
-    run's own.
+    `model` and `channel_mixer` are there because a text task chooses them, and are not used.
     """
 
     run: str
@@ -98,11 +98,10 @@ class Eval:
     data: Data
     accelerator: Accelerator
     precision: Precision
-    num_workers: Count
     seed: Annotated[int, Between(0, 2**32 - 1)]
-    task: Node | None = None
-    model: Any = None
-    channel_mixer: Any = None
+    task: Node | None
+    model: Any
+    channel_mixer: Any
 
 
 SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval}
