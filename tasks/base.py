@@ -76,6 +76,7 @@ class Task(ABC):
     the data is there, `prepare` reads it; the data sets, `vocab_size` and `facts` come after it.
 
     Attributes:
+        name: short, for records and messages.
         kind: "text" has `documents(split)` to score, "recall" has `slices(split)`.
         recipe: how the task is usually trained.
         shuffle: whether an epoch visits the training set in random order; False walks it from
@@ -83,6 +84,7 @@ class Task(ABC):
         note: one line to be printed with every figure obtained on this task; mostly empty.
     """
 
+    name: str
     kind: ClassVar[Literal["text", "recall"]]
     recipe: Recipe
     shuffle: bool = True

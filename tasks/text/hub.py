@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from tasks.base import Split
@@ -37,6 +38,7 @@ def rows(config: str, split: Split) -> Iterator[str]:
         yield from batch["text"]
 
 
+@cache
 def _open(config: str) -> bool:
     """Whether the library's cache has it; if not, the hub does."""
     # Imported here since it takes a second or two, and most runs do without.
@@ -62,8 +64,11 @@ def _open(config: str) -> bool:
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """Keep `datasets` from asking the hub. Its environment variable counts at import only."""
-    from datasets import config
+    """Keep `datasets` from asking the hub, and from warning that it does not.
+
+    Its environment variable for this counts at import only.
+    """
+    from datasets import config, logging
     from huggingface_hub import constants
 
     if not wanted:
@@ -71,6 +76,8 @@ def _offline(wanted: bool) -> Iterator[None]:
         return
     switches = (config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")
     before = [getattr(module, name) for module, name in switches]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     for module, name in switches:
         setattr(module, name, True)
     try:
@@ -78,3 +85,4 @@ def _offline(wanted: bool) -> Iterator[None]:
     finally:
         for (module, name), value in zip(switches, before, strict=True):
             setattr(module, name, value)
+        logging.set_verbosity(verbosity)

@@ -3,7 +3,8 @@
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,8 @@ _HELP = "pydoc_data/topics.py"  # holds the help texts, which are read as texts 
 
 class _Source(NamedTuple):
     name: str
-    text: str
+    size: int  # bytes
+    text: Callable[[], str]
 
 
 class Stdlib(Corpus):
@@ -56,13 +58,13 @@ class Stdlib(Corpus):
         """See Corpus; by name, modules before help topics."""
         for source in self._chosen():
             if _split(source.name) == split:
-                yield Chunk(source.text, source.name)
+                yield Chunk(source.text(), source.name)
 
     def _chosen(self) -> list[_Source]:
         everything = [*_modules(), *_topics()]
         room, names = self.max_mb * 1e6, set()
         for source in sorted(everything, key=lambda source: _digest(source.name)):
-            room -= len(source.text.encode())
+            room -= source.size
             if room < 0:
                 break
             names.add(source.name)
@@ -75,23 +77,26 @@ def _folder() -> Path:
 
 def _modules() -> Iterator[_Source]:
     folder = _folder()
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
-    for name in names:
-        if name == _HELP or _LEFT_OUT.intersection(name.split("/")):
-            continue
-        try:
-            yield _Source(name, (folder / name).read_bytes().decode())
-        except UnicodeDecodeError:  # the few sources in another encoding
-            continue
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    for name, path in sorted(paths.items()):
+        if name != _HELP and not _LEFT_OUT.intersection(name.split("/")):
+            yield _Source(name, path.stat().st_size, partial(_text, path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:  # no source of CPython's; a document without text is left out
+        return ""
 
 
 def _topics() -> Iterator[_Source]:
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions package the help texts apart
-        topics = {}
-    for name in sorted(topics):
-        yield _Source(f"help/{name}", topics[name])
+        return
+    for name, text in sorted(topics.items()):
+        yield _Source(f"help/{name}", len(text.encode()), partial(str, text))
 
 
 def _digest(name: str) -> bytes:

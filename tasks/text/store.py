@@ -123,7 +123,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         written = content.pop("sha256")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{path.name} is missing") from None
     except (ValueError, KeyError, AttributeError):
         raise DamagedError(f"{path.name} cannot be read") from None
