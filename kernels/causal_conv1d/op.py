@@ -1,4 +1,4 @@
-"""The convolution and its single step as torch operators: seqmix::causal_conv1d*.
+"""The convolution and its steps as torch operators: seqmix::causal_conv1d*.
 
 Being operators, they are counted by FlopCounterMode through their formulas and are not traced by
 torch.compile. B batch, T time, D channels, W taps.
@@ -18,6 +18,7 @@ from kernels.causal_conv1d.flops import causal_conv1d_flops
 from kernels.precision import accumulation_dtype, outside_autocast
 
 Shape = Sequence[int]
+_MOST_STEPS = 3  # from here on the shifted sums are faster
 
 
 def causal_conv1d_torch(
@@ -30,16 +31,17 @@ def causal_conv1d_torch(
     segments: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Shifted sums, or one step where there is one token and no gradient to keep."""
+    """Shifted sums, or plain steps for a few tokens with no gradient to keep."""
     silu = activation == "silu"
     given = (x, weight, bias, initial_state)
     kept = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     state = initial_state
     if state is None and (return_state or not kept):
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-    if x.shape[1] == 1 and not kept and state is not None:
+    few = x.shape[1] <= (_MOST_STEPS if segments is None else 1)
+    if few and not kept and state is not None:
         padding = None if segments is None else segments < 0
-        return torch.ops.seqmix.causal_conv1d_step(x, weight, bias, state, padding, silu)
+        return torch.ops.seqmix.causal_conv1d_steps(x, weight, bias, state, padding, silu)
     y = _convolve(x, weight, bias, initial_state, segments, silu)
     if not return_state or state is None:
         return y, None
@@ -120,7 +122,7 @@ _convolve.register_autograd(_differentiate, setup_context=_save)
 
 
 @outside_autocast
-def _step(
+def _steps(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -128,27 +130,28 @@ def _step(
     padding: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, 1, D) and the state after it; `padding` bool (B, 1)."""
+    """y (B, T, D) and the state after it; `padding` bool (B, 1), for a single token only."""
+    T, W = x.shape[1], weight.shape[1]
     inputs = torch.cat([state.to(x.dtype), x], 1)
-    u = (inputs.to(accumulation_dtype(x, weight)) * weight.T).sum(1, keepdim=True)
+    u = (inputs.to(accumulation_dtype(x, weight)).unfold(1, W, 1) * weight).sum(-1)
     if bias is not None:
         u += bias
-    after = inputs[:, 1:].contiguous()
+    after = inputs[:, T:].contiguous()
     if padding is not None:
         after = torch.where(padding[..., None], state.to(x.dtype), after)
     return (torch.nn.functional.silu(u) if silu else u).to(x.dtype), after
 
 
-# Registered by hand: custom_op's own layer would cost more than the step.
+# Registered by hand: custom_op's own layer would cost as much as a step.
 _library = torch.library.Library("seqmix", "FRAGMENT")
 _library.define(
-    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor state, Tensor? padding, "
+    "causal_conv1d_steps(Tensor x, Tensor weight, Tensor? bias, Tensor state, Tensor? padding, "
     "bool silu) -> (Tensor, Tensor)"
 )
-_library.impl("causal_conv1d_step", _step, "CompositeExplicitAutograd")
+_library.impl("causal_conv1d_steps", _steps, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("seqmix::causal_conv1d_step", lib=_library)
+@torch.library.register_fake("seqmix::causal_conv1d_steps", lib=_library)
 def _(
     x: Tensor,
     weight: Tensor,
@@ -160,7 +163,7 @@ def _(
     return torch.empty_like(x), x.new_empty(state.shape)
 
 
-@register_flop_formula([torch.ops.seqmix.causal_conv1d, torch.ops.seqmix.causal_conv1d_step])
+@register_flop_formula([torch.ops.seqmix.causal_conv1d, torch.ops.seqmix.causal_conv1d_steps])
 def _(x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
     B, T, D = x
     return causal_conv1d_flops(B, T, D, weight[1])
