@@ -18,15 +18,27 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def matmul_dtype(*tensors: Tensor) -> torch.dtype:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks products on `device` for, None where it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def matmul_dtype(*tensors: Tensor, low: torch.dtype | None = None) -> torch.dtype:
     """The dtype in which products of `tensors` run: as stored, unless the CPU is faster in float32.
 
     A CPU without AMX tiles multiplies 16-bit matrices at about half its float32 rate, and float32
     loses nothing, so there 16-bit inputs are widened block by block.
+
+    Args:
+        low: the dtype to lower float32 to, as autocast asks.
     """
     dtype = tensors[0].dtype
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
+    if low is not None and dtype == torch.float32:
+        dtype = low
     if dtype.itemsize == 2 and tensors[0].device.type == "cpu" and not _has_amx():
         return torch.float32
     return dtype

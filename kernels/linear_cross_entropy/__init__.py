@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels.checks import check_floating, check_shape
 from kernels.dispatch import choose
+from kernels.linear_cross_entropy.op import linear_cross_entropy_torch, linear_nll_torch
 from kernels.linear_cross_entropy.reference import (
     IGNORE,
     linear_cross_entropy_reference,
@@ -13,8 +14,8 @@ from kernels.linear_cross_entropy.reference import (
 
 __all__ = ["IGNORE", "linear_cross_entropy", "linear_nll"]
 
-_LOSS = {"torch": linear_cross_entropy_reference, "reference": linear_cross_entropy_reference}
-_NLL = {"torch": linear_nll_reference, "reference": linear_nll_reference}
+_LOSS = {"torch": linear_cross_entropy_torch, "reference": linear_cross_entropy_reference}
+_NLL = {"torch": linear_nll_torch, "reference": linear_nll_reference}
 
 
 def linear_cross_entropy(
@@ -26,6 +27,10 @@ def linear_cross_entropy(
     backend: str = "auto",
 ) -> Tensor:
     """Mean cross entropy of softmax(x weight^T) against `targets`, over those that are not -100.
+
+    Never holds more than a chunk's logits: memory is that of the two gradients, which are made
+    together with the loss. Products run in the inputs' dtype, or in autocast's; exponentials and
+    sums in float32.
 
     Args:
         x: (..., D).
@@ -44,7 +49,7 @@ def linear_cross_entropy(
     """
     _check("linear_cross_entropy", x, weight, targets, chunk)
     form = choose("linear_cross_entropy", backend, _LOSS, x.device)
-    return form(x.flatten(0, -2), weight, targets.flatten())
+    return form(x.flatten(0, -2), weight, targets.flatten(), chunk)
 
 
 @torch.no_grad()
@@ -65,12 +70,14 @@ def linear_nll(
     """
     _check("linear_nll", x, weight, targets, chunk)
     form = choose("linear_nll", backend, _NLL, x.device)
-    return form(x.flatten(0, -2), weight, targets.flatten()).view(targets.shape)
+    return form(x.flatten(0, -2), weight, targets.flatten(), chunk).view(targets.shape)
 
 
 def _check(operator: str, x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> None:
     check_floating(operator, x=x, weight=weight)
     check_shape(operator, "weight", weight, "(V, D)", None, x.shape[-1])
     check_shape(operator, "targets", targets, "x.shape[:-1]", *x.shape[:-1])
+    if targets.dtype.is_floating_point or targets.dtype == torch.bool:
+        raise ValueError(f"{operator}: targets is {targets.dtype}; expected an integer dtype")
     if chunk is not None and chunk < 1:
         raise ValueError(f"{operator}: chunk={chunk}; expected None or at least 1")

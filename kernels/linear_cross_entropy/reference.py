@@ -12,7 +12,9 @@ IGNORE = -100
 
 
 @outside_autocast
-def linear_nll_reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_nll_reference(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+) -> Tensor:
     """nll_n = log sum_v exp(x_n.w_v) - x_n.w_target, 0 where the target is ignored; (N,)."""
     dtype = accumulation_dtype(x, weight)
     logits = x.to(dtype) @ weight.to(dtype).T
@@ -21,6 +23,8 @@ def linear_nll_reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.where(kept, logits.logsumexp(1) - chosen, 0)
 
 
-def linear_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+) -> Tensor:
     """The mean of nll over the targets that are not ignored; 0 when there is none."""
     return linear_nll_reference(x, weight, targets).sum() / (targets != IGNORE).sum().clamp(min=1)
