@@ -82,6 +82,7 @@ class Train:
     scheduler: Node
     logger: Node | None
     callbacks: dict[str, Node]
+    files: list[str] | None = None  # there with task=text only
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Eval:
     task: Node | None
     model: Any
     channel_mixer: Any
+    files: list[str] | None = None
 
 
 SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval}
