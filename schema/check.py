@@ -52,7 +52,8 @@ def check_here(cfg: DictConfig) -> None:
             _run_folder(key, cfg[key])
     if cfg.get("run_dir") is not None and cfg.resume is None:
         check_free(cfg.run_dir)
-    if cfg.get("task") is not None and cfg.get("resume") is None:
+    # An evaluation reads one split of its task, which need not have the others.
+    if cfg.get("task") is not None and cfg.get("resume") is None and cfg.get("run") is None:
         with _named("task"):
             instantiate(cfg.task).check()
     machine, key = (cfg, "") if "accelerator" in cfg else (cfg.trainer, "trainer.")

@@ -38,6 +38,7 @@ def tiny_model(
             "norm": OmegaConf.load(CONF / "norm" / "rmsnorm.yaml"),
             "projection": OmegaConf.load(CONF / "projection" / "dense.yaml"),
             "projection_in": "all",
+            "extra_tokens": 0,
             "pattern": pattern if isinstance(pattern, str) else list(pattern),
         }
     )

@@ -1,0 +1,100 @@
+"""What is reported of a scored text: perplexities and bits per byte, from sums per document."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """One document: its summed negative log-likelihood in nats and what that is divided by.
+
+    `tokens` were predicted (all but the one the document starts with), `words` are the official
+    words, ends of lines included, `bytes` are of its text in UTF-8.
+    """
+
+    title: str
+    nll: float
+    tokens: int
+    words: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A text under one protocol; `documents` in the order of the text.
+
+    `window` (None: as long as each document) and `stride` are set for "windowed", `chunk` is set
+    for "carried".
+    """
+
+    protocol: Literal["windowed", "carried"]
+    documents: tuple[DocumentScore, ...]
+    window: int | None = None
+    stride: int | None = None
+    chunk: int | None = None
+
+    @property
+    def nll(self) -> float:
+        """Nats over all documents."""
+        return math.fsum(document.nll for document in self.documents)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were predicted."""
+        return sum(document.tokens for document in self.documents)
+
+    @property
+    def words(self) -> int:
+        """Official words."""
+        return sum(document.words for document in self.documents)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of text."""
+        return sum(document.bytes for document in self.documents)
+
+    @property
+    def context(self) -> str:
+        """From how many tokens before it a token is predicted, where its document has them."""
+        if self.window is None or self.stride is None:
+            return "whole document"
+        if self.stride == self.window:
+            return f"1-{self.window} tokens"
+        return f"{self.window - self.stride}-{self.window} tokens"
+
+    def summary(self) -> dict[str, Any]:
+        """The figures and how they were obtained, without the documents."""
+        return {
+            "protocol": self.protocol,
+            "window": self.window,
+            "stride": self.stride,
+            "chunk": self.chunk,
+            "context": self.context,
+            "nll": self.nll,
+            "tokens": self.tokens,
+            "words": self.words,
+            "bytes": self.bytes,
+            **rates(self.nll, self.tokens, self.words, self.bytes),
+        }
+
+
+def rates(nll: float, tokens: int, words: int, bytes: int) -> dict[str, float]:
+    """Token perplexity, word perplexity and bits per byte of `nll` nats.
+
+    Word perplexity divides the same sum by the official word count, so that it can be compared
+    across tokenisers.
+    """
+    return {
+        "token_perplexity": _exp(nll / tokens),
+        "word_perplexity": _exp(nll / words),
+        "bits_per_byte": nll / math.log(2) / bytes,
+    }
+
+
+def _exp(x: float) -> float:
+    """exp, infinite where a float cannot hold it: a model that diverged has a perplexity too."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

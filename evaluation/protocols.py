@@ -1,0 +1,215 @@
+"""Negative log-likelihood of whole documents under two protocols.
+
+Windowed: a document is read in overlapping windows, each from the empty past, and every token is
+counted in the first window that reaches it. Carried: a document is read once, in chunks, the
+states handed on, so that every token has all of its document before it. Where one window covers
+the document the two agree.
+
+Rows of unlike length are padded at their ends, where a causal model cannot be reached by what
+stands there, and a row whose document has ended leaves the batch: no pass needs document numbers.
+A leaky model, which would see the padding, gets none.
+
+B rows, T time, D model width. Place i of a document of n + 1 ids stands for reading ids[i] and
+predicting ids[i + 1], i = 0..n-1; ids[0], which starts the document, is read and never predicted.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from evaluation.perplexity import DocumentScore, TextScore
+from evaluation.progress import Advance
+from kernels.linear_cross_entropy import linear_nll
+from layers.state import select_batch
+from models.generation import evaluation_mode
+from models.language_model import LanguageModel
+from tasks.base import IGNORED, Document
+
+
+class Span(NamedTuple):
+    """Places `begin`..`end` - 1 of a document are read, those from `counted` on are counted."""
+
+    document: int
+    begin: int
+    counted: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Places read."""
+        return self.end - self.begin
+
+
+@torch.no_grad()
+def score_windowed(
+    model: LanguageModel,
+    documents: Sequence[Document],
+    *,
+    window: int | None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: Advance | None = None,
+) -> TextScore:
+    """Score every document in windows of `window` places that start `stride` apart.
+
+    Args:
+        model: is in evaluation mode for the call.
+        documents: each is read alone.
+        window: places per window; None reads every document as one window.
+        stride: places from one window to the next, 1..window; None is half a window. A token has
+            at least `window - stride` tokens of context where its document has as many.
+        batch_size: windows per forward pass.
+        progress: is told after every pass how many more tokens have been counted.
+
+    Raises:
+        ValueError: a window, stride or batch size out of its range, or an empty document.
+    """
+    documents, lengths = _read(documents)
+    _check(batch_size=batch_size, window=window, stride=stride)
+    if window is None and stride is not None:
+        raise ValueError(f"stride={stride} without a window; give both or neither")
+    size = window or max(lengths)
+    step = stride or max(1, size // 2)
+    if step > size:
+        raise ValueError(f"stride={step}; allowed: up to the window, {size}")
+    spans = [span for d, n in enumerate(lengths) for span in windows(d, n, size, step)]
+    spans.sort(key=lambda span: -span.length)  # little padding, and memory peaks in the first pass
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=model.head_weight.device)
+    with evaluation_mode(model):
+        for rows in _batches(spans, batch_size, mixed=model.causal != "leaky"):
+            batch = _collate(documents, rows, sums.device)
+            h, _ = model.hidden(batch.inputs)
+            _count(sums, model, h, batch, progress)
+    scores = _scores(documents, sums)
+    return TextScore("windowed", scores, window, None if window is None else step)
+
+
+@torch.no_grad()
+def score_carried(
+    model: LanguageModel,
+    documents: Sequence[Document],
+    *,
+    chunk: int = 512,
+    batch_size: int = 8,
+    progress: Advance | None = None,
+) -> TextScore:
+    """Score every document in chunks of `chunk` places, the states handed from chunk to chunk.
+
+    Memory does not grow with the documents for a model of bounded states. Documents of like
+    length are read side by side, by a leaky model one after the other.
+
+    Raises:
+        ValueError: a chunk or batch size below 1, or an empty document.
+    """
+    documents, lengths = _read(documents)
+    _check(batch_size=batch_size, chunk=chunk)
+    side_by_side = 1 if model.causal == "leaky" else batch_size
+    order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=model.head_weight.device)
+    with evaluation_mode(model):
+        for first in range(0, len(order), side_by_side):
+            _carry(model, documents, order[first : first + side_by_side], chunk, sums, progress)
+    return TextScore("carried", _scores(documents, sums), chunk=chunk)
+
+
+def windows(document: int, length: int, window: int, stride: int) -> Iterator[Span]:
+    """The windows over a document of `length` places: each counts what no earlier one reached."""
+    counted = 0
+    for begin in range(0, length, stride):
+        end = min(begin + window, length)
+        yield Span(document, begin, counted, end)
+        if end == length:
+            return
+        counted = end
+
+
+class _Batch(NamedTuple):
+    inputs: Tensor  # (B, T)
+    targets: Tensor  # (B, T), IGNORED where a place is only read, and at padding
+    documents: Tensor  # (B,)
+
+
+def _carry(
+    model: LanguageModel,
+    documents: Sequence[Document],
+    group: Sequence[int],
+    chunk: int,
+    sums: Tensor,
+    progress: Advance | None,
+) -> None:
+    """Read the documents `group`, longest first, to their ends."""
+    lengths = [len(documents[d].ids) - 1 for d in group]
+    state = model.new_state(len(group), lengths[0], sums.device)
+    alive = len(group)
+    for begin in range(0, lengths[0], chunk):
+        rows = [
+            Span(d, begin, begin, min(begin + chunk, n))
+            for d, n in zip(group, lengths, strict=True)
+            if n > begin
+        ]
+        if len(rows) < alive:
+            alive = len(rows)
+            state = select_batch(state, torch.arange(alive, device=sums.device))
+        batch = _collate(documents, rows, sums.device)
+        h, state = model.hidden(batch.inputs, state, want_state=True)
+        _count(sums, model, h, batch, progress)
+
+
+def _batches(spans: Sequence[Span], batch_size: int, mixed: bool) -> Iterator[list[Span]]:
+    """Spans in batches; of one length each unless they may be mixed. `spans` is sorted by it."""
+    for _, group in groupby(spans, key=lambda span: 0 if mixed else span.length):
+        alike = list(group)
+        for first in range(0, len(alike), batch_size):
+            yield alike[first : first + batch_size]
+
+
+def _collate(documents: Sequence[Document], rows: Sequence[Span], device: torch.device) -> _Batch:
+    """Spans as rows, padded at the end to the longest."""
+    longest = max(span.length for span in rows)
+    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
+    targets = torch.full_like(inputs, IGNORED)
+    for b, span in enumerate(rows):
+        ids = torch.as_tensor(documents[span.document].ids[span.begin : span.end + 1])
+        inputs[b, : span.length] = ids[:-1]
+        targets[b, span.counted - span.begin : span.length] = ids[1 + span.counted - span.begin :]
+    owners = torch.tensor([span.document for span in rows], device=device)
+    return _Batch(inputs.to(device), targets.to(device), owners)
+
+
+def _count(
+    sums: Tensor, model: LanguageModel, h: Tensor, batch: _Batch, progress: Advance | None
+) -> None:
+    """Add the NLL of every counted place to its document; the head reads these places alone."""
+    chosen = batch.targets != IGNORED
+    nll = linear_nll(h[chosen], model.head_weight, batch.targets[chosen])
+    sums.index_add_(0, batch.documents[:, None].expand_as(chosen)[chosen], nll.double())
+    if progress is not None:
+        progress(len(nll))
+
+
+def _scores(documents: Sequence[Document], sums: Tensor) -> tuple[DocumentScore, ...]:
+    return tuple(
+        DocumentScore(d.title, nll, len(d.ids) - 1, d.words, d.bytes)
+        for d, nll in zip(documents, sums.tolist(), strict=True)
+    )
+
+
+def _read(documents: Sequence[Document]) -> tuple[list[Document], list[int]]:
+    """The documents, in memory from here on, and how many places each has."""
+    read = list(documents)
+    if not read:
+        raise ValueError("documents: none given; expected at least one")
+    lengths = [len(document.ids) - 1 for document in read]
+    for document, length in zip(read, lengths, strict=True):
+        if length < 1:
+            raise ValueError(f"document {document.title!r}: no token after the one it starts with")
+    return read, lengths
+
+
+def _check(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size}; expected at least 1")

@@ -1,0 +1,132 @@
+"""Accuracy on recall tasks: what was predicted at the labelled positions, sequence by sequence.
+
+B rows, T time, D model width, V vocabulary, N sequences of a slice.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor, nn
+
+from models.generation import evaluation_mode
+from models.language_model import LanguageModel
+from tasks.base import IGNORED
+from tasks.recall.task import RecallSlice
+
+HEAD_ROWS = 4096  # labelled positions that the head reads at once: bounds the logits held
+
+
+@dataclass(frozen=True)
+class SliceScore:
+    """Of every sequence, how many positions are labelled, `labels` (N,), and `right` (N,).
+
+    `chance` is the accuracy of naming one of the sequence's own values, `chance_of_vocabulary` of
+    naming any value.
+    """
+
+    name: str
+    chance: float
+    chance_of_vocabulary: float
+    right: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def sequence_accuracy(self) -> float:
+        """Mean over sequences of the share of labelled positions that are right."""
+        return float(np.mean(self.right / self.labels))
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of all labelled positions, whatever sequence they stand in."""
+        return float(self.right.sum() / self.labels.sum())
+
+    @property
+    def exact_accuracy(self) -> float:
+        """Share of sequences without a wrong position."""
+        return float(np.mean(self.right == self.labels))
+
+    def summary(self) -> dict[str, Any]:
+        """Every figure of the slice; intervals hold 95% and treat sequences as independent.
+
+        Both are Wilson's for N trials. A share of right positions lies between 0 and 1, so that
+        its variance is at most that of a trial of the same mean, however the positions of a
+        sequence hang together: the interval of `sequence_accuracy` is wide rather than narrow.
+        """
+        n = len(self.labels)
+        return {
+            "slice": self.name,
+            "chance": self.chance,
+            "chance_of_vocabulary": self.chance_of_vocabulary,
+            "sequences": n,
+            "positions": int(self.labels.sum()),
+            "sequence_accuracy": self.sequence_accuracy,
+            "sequence_accuracy_interval": wilson(self.sequence_accuracy, n),
+            "token_accuracy": self.token_accuracy,
+            "exact_accuracy": self.exact_accuracy,
+            "exact_accuracy_interval": wilson(self.exact_accuracy, n),
+        }
+
+
+@torch.no_grad()
+def score_slice(model: LanguageModel, part: RecallSlice, tokens_at_once: int) -> SliceScore:
+    """Read the examples of one slice, about `tokens_at_once` tokens per pass, at least a row.
+
+    Raises:
+        ValueError: a sequence without a label.
+    """
+    right, labels = [], []
+    device = model.head_weight.device
+    rows = max(1, tokens_at_once // part.inputs.shape[1])
+    with evaluation_mode(model):
+        for first in range(0, len(part.inputs), rows):
+            inputs = torch.from_numpy(part.inputs[first : first + rows]).to(device)
+            targets = torch.from_numpy(part.labels[first : first + rows]).to(device)
+            h, _ = model.hidden(inputs)
+            asked = targets != IGNORED
+            correct = torch.zeros_like(asked)
+            correct[asked] = predict(model, h[asked]) == targets[asked]
+            right.append(correct.sum(dim=1).cpu().numpy())
+            labels.append(asked.sum(dim=1).cpu().numpy())
+    if not np.concatenate(labels).all():
+        raise ValueError(f"slice {part.name!r} has a sequence without a label")
+    return SliceScore(
+        part.name,
+        part.chance,
+        part.chance_of_vocabulary,
+        np.concatenate(right),
+        np.concatenate(labels),
+    )
+
+
+def pooled(scores: Sequence[SliceScore]) -> SliceScore:
+    """All sequences of several slices as one, its chances their means."""
+    sizes = [len(score.labels) for score in scores]
+    return SliceScore(
+        "all",
+        float(np.average([score.chance for score in scores], weights=sizes)),
+        float(np.average([score.chance_of_vocabulary for score in scores], weights=sizes)),
+        np.concatenate([score.right for score in scores]),
+        np.concatenate([score.labels for score in scores]),
+    )
+
+
+def predict(model: LanguageModel, h: Tensor) -> Tensor:
+    """The most likely token (N,) after hidden vectors (N, D)."""
+    parts = [
+        nn.functional.linear(part, model.head_weight).argmax(-1) for part in h.split(HEAD_ROWS)
+    ]
+    return torch.cat(parts)
+
+
+def wilson(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share seen in `n` trials."""
+    z = float(norm.ppf(0.5 + level / 2))
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -1,0 +1,96 @@
+"""What an evaluation can be told; conf/eval.yaml has the same keys under `eval`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from schema.errors import ConfigError
+
+ProtocolName = Literal["windowed", "carried"]
+PROTOCOLS: tuple[ProtocolName, ...] = ("windowed", "carried")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is scored, and what is shown besides.
+
+    Attributes:
+        protocol: of text: "windowed", "carried" or "both"; see evaluation/protocols.py.
+        window: places of a window; "train" is as many as in training, "document" is every
+            document in one window.
+        stride: places between windows; None is half a window.
+        chunk: places that the carried protocol reads at once.
+        batch_size: windows or documents side by side. Recall examples are read `batch_size *
+            chunk` tokens at a time.
+        samples: continuations of `prompt` to generate from a text model; 0 is none.
+        prompt: text that each sample continues; None starts a document.
+        max_new_tokens, temperature, top_k, top_p: of the samples, see models/generation.py.
+        seed: of the samples.
+        cost: measure speed and count parameters, FLOPs and state bytes.
+
+    Raises:
+        ConfigError: a value out of its range, or two that contradict each other.
+    """
+
+    protocol: Literal["windowed", "carried", "both"] = "both"
+    window: int | Literal["train", "document"] = "train"
+    stride: int | None = None
+    chunk: int = 512
+    batch_size: int = 8
+    samples: int = 2
+    prompt: str | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    cost: bool = True
+
+    def __post_init__(self) -> None:
+        if self.protocol not in (*PROTOCOLS, "both"):
+            raise ConfigError(
+                f"eval.protocol={self.protocol}: allowed: {', '.join(PROTOCOLS)}, both"
+            )
+        if not (self.window in ("train", "document") or _at_least(self.window, 1)):
+            raise ConfigError(
+                f"eval.window={self.window}: allowed: train, document or a number of at least 1"
+            )
+        for name, least in (("chunk", 1), ("batch_size", 1), ("max_new_tokens", 1), ("samples", 0)):
+            if not _at_least(getattr(self, name), least):
+                raise ConfigError(
+                    f"eval.{name}={getattr(self, name)}: expected a number of at least {least}"
+                )
+        for name in ("stride", "top_k"):
+            if getattr(self, name) is not None and not _at_least(getattr(self, name), 1):
+                raise ConfigError(
+                    f"eval.{name}={getattr(self, name)}: expected null or a number of at least 1"
+                )
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if self.stride is not None and self.window == "document":
+            raise ConfigError(
+                f"eval.stride={self.stride} with eval.window=document: a document is one window; "
+                "leave one of them out"
+            )
+        if self.stride is not None and isinstance(self.window, int) and self.stride > self.window:
+            raise ConfigError(
+                f"eval.stride={self.stride}: allowed: up to eval.window={self.window}"
+            )
+        if not self.temperature >= 0:
+            raise ConfigError(f"eval.temperature={self.temperature}: expected at least 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"eval.top_p={self.top_p}: allowed: null, or above 0 and up to 1")
+        if self.temperature == 0 and not (self.top_k is None and self.top_p is None):
+            raise ConfigError(
+                f"eval.temperature=0 is greedy, but eval.top_k={self.top_k} and "
+                f"eval.top_p={self.top_p} ask for sampling: leave one of them out"
+            )
+
+    @property
+    def protocols(self) -> tuple[ProtocolName, ...]:
+        """Those that `protocol` asks for."""
+        return tuple(p for p in PROTOCOLS if self.protocol in (p, "both"))
+
+
+def _at_least(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
