@@ -52,6 +52,8 @@ def compose_all(
     """
     with _initialised() as loader:
         parsed = _parse(overrides, loader)
+    if config_name == "eval":
+        _refuse_network(parsed)
     swept = [each for each in parsed if each.is_sweep_override()]
     shared = [str(each.input_line) for each in parsed if not each.is_sweep_override()]
     base = compose_with_hydra(config_name, shared)
@@ -104,6 +106,13 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
                 "for the shell, and inside it any value with spaces or commas"
             )
     return parsed
+
+
+def _refuse_network(overrides: Sequence[Override]) -> None:
+    """eval.yaml has these groups only because a text task chooses among them."""
+    for each in overrides:
+        if each.key_or_group.split(".")[0] in ("model", "channel_mixer"):
+            raise ConfigError(f"{each.input_line}: eval.py takes the network of the run as it is")
 
 
 def _grid(overrides: Sequence[str]) -> Iterator[list[str]]:

@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from schema.names import suggest
 
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
-_SCALARS = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Path: (str,)}
+_NULL = type(None)
+_SCALARS = {
+    None: (_NULL,),
+    _NULL: (_NULL,),
+    bool: (bool,),
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+    Path: (str,),
+}
 
 
 class Node:
@@ -57,6 +66,9 @@ def faults(value: Any, hint: Any, key: str) -> Iterator[str]:
         yield from _any_of(value, hint, key)
     elif hint in (Any, object, inspect.Parameter.empty) or isinstance(hint, TypeVar):
         return
+    elif hint in _SCALARS or origin is Literal:
+        if not _is_scalar(value, hint):
+            yield _mismatch(value, hint, key)
     elif isinstance(value, dict) and "_target_" in value:
         yield from _node(value, key)
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -66,7 +78,7 @@ def faults(value: Any, hint: Any, key: str) -> Iterator[str]:
     elif isinstance(value, dict) and (origin or hint) in (dict, Mapping):
         for name, each in value.items():
             yield from faults(each, arguments[1] if arguments else Any, f"{key}.{name}")
-    elif not _is_scalar(value, hint):
+    else:
         yield _mismatch(value, hint, key)
 
 
@@ -86,7 +98,7 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(each) for each in arguments)
     if origin is Literal:
         return "one of " + ", ".join(repr(each) for each in arguments)
-    if hint in (None, type(None)):
+    if hint in (None, _NULL):
         return "null"
     if origin in (list, Sequence):
         return f"a list, each item {describe(arguments[0])}"
@@ -117,26 +129,23 @@ def _short(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "mapping", list: "list", type(None): "null"}
+    names = {dict: "mapping", list: "list", _NULL: "null"}
     return names.get(type(value), type(value).__name__)
 
 
 def _is_scalar(value: Any, hint: Any) -> bool:
-    if hint in (None, type(None)):
-        return value is None
     if get_origin(hint) is Literal:
         return any(value == each and type(value) is type(each) for each in get_args(hint))
     if isinstance(value, bool):
         return hint is bool
-    return hint in _SCALARS and isinstance(value, _SCALARS[hint])
+    return isinstance(value, _SCALARS[hint])
 
 
 def _bounded(value: Any, hint: Any, key: str) -> Iterator[str]:
-    plain, *bounds = get_args(hint)
-    wrong = list(faults(value, plain, key))
-    if not wrong and not all(value in each for each in bounds if isinstance(each, Between)):
-        wrong = [_mismatch(value, hint, key)]
-    yield from wrong
+    number, *bounds = get_args(hint)
+    fits = not any(faults(value, number, key))
+    if not (fits and all(value in each for each in bounds if isinstance(each, Between))):
+        yield _mismatch(value, hint, key)
 
 
 def _any_of(value: Any, hint: Any, key: str) -> Iterator[str]:
