@@ -157,12 +157,13 @@ class RunFolder:
         return self.path / "eval" / f"{_plain(task)}.json"
 
 
-def check_free(path: Path) -> None:
+def check_free(path: str | Path) -> None:
     """Return when a new run may be put at `path`.
 
     Raises:
         ConfigError: there is a run already, or a file.
     """
+    path = Path(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir={path} is a file; expected a folder that can be made")
     if (path / "config.yaml").exists() or (path / "run.json").exists():

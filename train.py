@@ -1,0 +1,107 @@
+"""Train a model: `python train.py [group=choice] [key=value] ...`; --help lists what there is."""
+
+import sys
+from collections.abc import Sequence
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+from evaluation import Settings, evaluate, print_table
+from models.build import build_model
+from schema.entry import command
+from tasks.base import Task
+from training.callbacks.signals import StopSignals
+from training.data import loader_of
+from training.errors import TrainingError
+from training.fit import fit
+from training.module import Training
+from training.resume import open_run
+from training.run import describe, is_first_process, model_facts, open_folder, recorded, rehearse
+from training.scores import CRITERIA, scores
+from training.trainer import set_up_process
+
+VALIDATION = Settings(protocol="windowed", samples=0, cost=False)
+TEST = Settings(samples=0, cost=False)  # eval.py has the rest
+
+
+def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Train the model that `cfg` describes and score it on the test split.
+
+    With cfg.resume, go on with that run instead; `overrides` is then the command line, which may
+    change a few keys of the run's own configuration.
+
+    Returns:
+        The scores of the test split, see training.scores.
+
+    Raises:
+        ConfigError: something cannot be as it is asked for; nothing was written.
+        TrainingError: the run cannot go on.
+        SystemExit: a signal stopped the run.
+    """
+    console = Console(quiet=not is_first_process(), highlight=False, soft_wrap=True)
+    resumed = open_run(cfg, overrides) if cfg.resume else None
+    if resumed is not None:
+        cfg = resumed.cfg
+        if resumed.finished:
+            console.print(f"{resumed.folder.path} is finished: {resumed.step} steps")
+            return resumed.scores
+    set_up_process(cfg)
+    task: Task = instantiate(cfg.task)
+    task.check()
+    task.prepare()
+    module = Training(
+        build_model(cfg, task.vocab_size),
+        objective=instantiate(cfg.objective),
+        optimizer=instantiate(cfg.optimizer),
+        schedule=instantiate(cfg.scheduler),
+        compile=cfg.compile,
+    )
+    loader = loader_of(task, cfg, step=resumed.step if resumed else 0)
+    facts = model_facts(module.model, length=rehearse(module, loader))
+    folder = open_folder(cfg, resumed, task, facts)
+    console.print(describe(module.model, facts))
+
+    def validate() -> dict[str, float]:
+        silent = Console(quiet=True)
+        return scores(evaluate(module.model, task, "validation", VALIDATION, console=silent))
+
+    with StopSignals() as signals, recorded(folder, resumed, console.print) as record:
+        fitted = fit(
+            module,
+            loader,
+            folder,
+            cfg,
+            checkpoint=resumed.checkpoint if resumed else None,
+            validate=validate,
+            criterion=CRITERIA[task.kind],
+            signals=signals,
+            console=console,
+        )
+        record.update(fitted.facts)
+        signals.raise_if_received()
+        if not is_first_process():
+            return {}
+        with fitted.precision():
+            result = evaluate(module.model, task, "test", TEST, console=console)
+        folder.write_evaluation(task.name, result)
+        print_table(result, console)
+        console.print(f"run folder: {folder.path}")
+        return scores(result)
+
+
+def main(cfg: DictConfig) -> None:
+    """The command: a run that cannot go on is one line and exit code 1, in a sweep one point."""
+    hydra = HydraConfig.get()
+    try:
+        train(cfg, hydra.overrides.task)
+    except TrainingError as error:
+        if hydra.mode is RunMode.MULTIRUN:
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command(main, "config")()

@@ -1,0 +1,97 @@
+"""Training proper: a module, its data and the callbacks under Lightning's Trainer."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from records.checkpoints import step_of
+from records.folder import RunFolder
+from training.callbacks.checkpoints import Checkpoints
+from training.callbacks.metrics import VALIDATION, Metrics
+from training.callbacks.pages import CountPageFaults
+from training.callbacks.progress import ShowProgress
+from training.callbacks.signals import StopSignals
+from training.loggers import loggers_of
+from training.module import Training
+from training.scores import Criterion
+from training.trainer import build_trainer, quiet
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is left of the training.
+
+    Attributes:
+        facts: for the record: steps, tokens, page_faults_per_step.
+        precision: makes the context that training ran its forward passes in.
+    """
+
+    facts: dict[str, Any]
+    precision: Callable[[], AbstractContextManager]
+
+
+def fit(
+    module: Training,
+    loader: DataLoader,
+    folder: RunFolder,
+    cfg: DictConfig,
+    *,
+    checkpoint: Path | None,
+    validate: Callable[[], Mapping[str, float]],
+    criterion: Criterion,
+    signals: StopSignals,
+    console: Console,
+) -> Fitted:
+    """Train until trainer.max_steps, or until a signal has come.
+
+    Args:
+        loader: starts with the batch that follows the checkpoint.
+        folder: is written to by the first process only.
+        cfg: of the whole run.
+        checkpoint: to go on from; None starts at step 0.
+        validate: scores the model as it is.
+        criterion: which of these scores says what is best.
+
+    Raises:
+        TrainingError: a loss or a gradient was not finite.
+    """
+    settings = cfg.trainer
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    metrics = Metrics(
+        folder,
+        step,
+        validate,
+        log_every=settings.log_every,
+        validate_every=settings.validate_every,
+    )
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        metrics,
+        signals,
+        every=settings.checkpoint_every,
+        keep=settings.keep_checkpoints,
+        metric=VALIDATION + criterion.score,
+        higher_is_better=criterion.higher_is_better,
+    )
+    pages = CountPageFaults(settings.accumulate)
+    extra: list[Callback] = [instantiate(node) for node in cfg.callbacks.values()]
+    # The order matters: the row of a step, then its checkpoint, then what is shown of it.
+    callbacks = [pages, signals, metrics, checkpoints, ShowProgress(metrics, console), *extra]
+    with quiet(), loggers_of(cfg, folder, step) as loggers:
+        trainer = build_trainer(settings, callbacks, loggers)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    facts = {
+        "steps": trainer.global_step,
+        "tokens": metrics.tokens,
+        "page_faults_per_step": pages.per_step,
+    }
+    return Fitted(facts, trainer.precision_plugin.forward_context)

@@ -1,0 +1,93 @@
+"""The language model under training, as Lightning's Trainer takes it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from layers.report import Report
+from models.language_model import LanguageModel
+from training.objectives import Loss
+from training.optim import ParameterGroups
+
+Objective = Callable[..., Loss]
+
+
+class Training(LightningModule):
+    """A model, what it minimises, and how it is updated.
+
+    What a step measured stays on the device in the attributes below until somebody asks for it;
+    training.callbacks.metrics does, every so many steps. Lightning's own `self.log` is not used:
+    it costs more per step than a small model, and logs one micro-batch of an accumulated step.
+
+    Args:
+        model: is `self.model`, so that its parameters are `model.*` in a checkpoint.
+        objective: (model, batch, report) -> Loss.
+        optimizer: parameter groups -> optimizer.
+        schedule: step -> factor of the learning rate.
+        compile: run the objective, forward and backward, through torch.compile; validation and
+            evaluation stay as they are.
+
+    Attributes:
+        loss: of the last micro-batch, with its parts, detached.
+        report: what the layers had to say in the last micro-batch.
+        tokens: positions that hold a token in the last micro-batch: padding is not counted.
+        gradient_norm: before clipping, of the last update.
+        lr: of the last update.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: Objective,
+        optimizer: Callable[[ParameterGroups], Optimizer],
+        schedule: Callable[[int], float],
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.minimised = torch.compile(objective) if compile else objective
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.loss: dict[str, Tensor] = {}
+        self.report = Report()
+        self.tokens: int | Tensor = 0
+        self.gradient_norm = torch.zeros(())
+        self.lr = 0.0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The objective on one micro-batch."""
+        self.report = Report()
+        loss = self.minimised(self.model, batch, self.report)
+        self.loss = {"loss": loss.total.detach()}
+        self.loss.update((name, part.detach()) for name, part in loss.parts.items())
+        segments = batch.get("segments")
+        self.tokens = batch["inputs"].numel() if segments is None else (segments >= 0).sum()
+        return loss.total
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm, and keep the norm: Lightning's own clipping throws it away."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        if gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
+        self.lr = optimizer.param_groups[0]["lr"]
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        """The optimizer over the marked parameter groups, its rate set before every update."""
+        optimizer = self.make_optimizer(ParameterGroups.of(self.model))
+        scheduler = LambdaLR(optimizer, self.schedule)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
