@@ -1,0 +1,19 @@
+"""What a piece of code holds at its worst, as torch's allocator sees it."""
+
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that `run` allocates on the CPU at any one time, beyond what is there before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak > 0, "the profiler saw no allocation"
+    return peak
