@@ -47,6 +47,7 @@ class Trainer:
     precision: Precision
     max_steps: Positive
     accumulate: Positive
+    train_batches: Positive | None
     gradient_clip: Annotated[float, Between(0)] | None
     validate_every: Positive
     checkpoint_every: Positive

@@ -94,10 +94,10 @@ def test_the_points_of_a_sweep():
 
 
 def test_a_wrong_choice_among_the_points():
-    with pytest.raises(ConfigError, match="^model=tinny: no such choice; did you mean tiny"):
+    with pytest.raises(ConfigError, match=r"^model=tinny: no such choice; did you mean tiny"):
         list(compose_all("config", ["model=small,tinny"], multirun=True))
 
 
 def test_evaluation_takes_no_other_network():
-    with pytest.raises(ConfigError, match="^model=tiny: eval.py takes the network of the run"):
+    with pytest.raises(ConfigError, match=r"^model=tiny: eval.py takes the network of the run"):
         list(compose_all("eval", ["run=somewhere", "task=stdlib", "model=tiny"]))
