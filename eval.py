@@ -54,8 +54,8 @@ def point_to_data(own: DictConfig, cfg: DictConfig) -> None:
 
 def choose_device(accelerator: str) -> torch.device:
     """The device of an accelerator option: "auto" takes a GPU where there is one."""
-    gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if gpu else "cpu")
+    gpu = None if accelerator == "cpu" else torch.accelerator.current_accelerator()
+    return gpu or torch.device("cpu")
 
 
 def main(cfg: DictConfig) -> None:

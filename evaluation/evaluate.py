@@ -44,7 +44,8 @@ def evaluate(
         "task": task.name,
         "kind": task.kind,
         "split": split,
-        "note": task.note,
+        "trained_on": trained_on.name,
+        "note": "; ".join(dict.fromkeys(t.note for t in (task, trained_on) if t.note)),
         "model": _model_facts(model),
     }
     if isinstance(task, LanguageModelling):

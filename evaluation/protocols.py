@@ -77,11 +77,11 @@ def score_windowed(
         raise ValueError(f"stride={step}; allowed: up to the window, {size}")
     spans = [span for d, n in enumerate(lengths) for span in windows(d, n, size, step)]
     spans.sort(key=lambda span: -span.length)  # little padding, and memory peaks in the first pass
-    sums = torch.zeros(len(lengths), dtype=torch.float64, device=model.head_weight.device)
+    sums = torch.zeros(len(lengths), dtype=torch.float64)
     with evaluation_mode(model):
         for rows in _batches(spans, batch_size, mixed=model.causal != "leaky"):
-            batch = _collate(documents, rows, sums.device)
-            h, _ = model.hidden(batch.inputs)
+            batch = _collate(documents, rows)
+            h, _ = model.hidden(batch.inputs.to(model.head_weight.device))
             _count(sums, model, h, batch, progress)
     scores = _scores(documents, sums)
     return TextScore("windowed", scores, window, None if window is None else step)
@@ -108,7 +108,7 @@ def score_carried(
     _check(batch_size=batch_size, chunk=chunk)
     side_by_side = 1 if model.causal == "leaky" else batch_size
     order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
-    sums = torch.zeros(len(lengths), dtype=torch.float64, device=model.head_weight.device)
+    sums = torch.zeros(len(lengths), dtype=torch.float64)
     with evaluation_mode(model):
         for first in range(0, len(order), side_by_side):
             _carry(model, documents, order[first : first + side_by_side], chunk, sums, progress)
@@ -142,7 +142,8 @@ def _carry(
 ) -> None:
     """Read the documents `group`, longest first, to their ends."""
     lengths = [len(documents[d].ids) - 1 for d in group]
-    state = model.new_state(len(group), lengths[0], sums.device)
+    device = model.head_weight.device
+    state = model.new_state(len(group), lengths[0], device)
     alive = len(group)
     for begin in range(0, lengths[0], chunk):
         rows = [
@@ -152,9 +153,9 @@ def _carry(
         ]
         if len(rows) < alive:
             alive = len(rows)
-            state = select_batch(state, torch.arange(alive, device=sums.device))
-        batch = _collate(documents, rows, sums.device)
-        h, state = model.hidden(batch.inputs, state, want_state=True)
+            state = select_batch(state, torch.arange(alive, device=device))
+        batch = _collate(documents, rows)
+        h, state = model.hidden(batch.inputs.to(device), state, want_state=True)
         _count(sums, model, h, batch, progress)
 
 
@@ -166,7 +167,7 @@ def _batches(spans: Sequence[Span], batch_size: int, mixed: bool) -> Iterator[li
             yield alike[first : first + batch_size]
 
 
-def _collate(documents: Sequence[Document], rows: Sequence[Span], device: torch.device) -> _Batch:
+def _collate(documents: Sequence[Document], rows: Sequence[Span]) -> _Batch:
     """Spans as rows, padded at the end to the longest."""
     longest = max(span.length for span in rows)
     inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -175,17 +176,21 @@ def _collate(documents: Sequence[Document], rows: Sequence[Span], device: torch.
         ids = torch.as_tensor(documents[span.document].ids[span.begin : span.end + 1])
         inputs[b, : span.length] = ids[:-1]
         targets[b, span.counted - span.begin : span.length] = ids[1 + span.counted - span.begin :]
-    owners = torch.tensor([span.document for span in rows], device=device)
-    return _Batch(inputs.to(device), targets.to(device), owners)
+    return _Batch(inputs, targets, torch.tensor([span.document for span in rows]))
 
 
 def _count(
     sums: Tensor, model: LanguageModel, h: Tensor, batch: _Batch, progress: Advance | None
 ) -> None:
-    """Add the NLL of every counted place to its document; the head reads these places alone."""
+    """Add the NLL of every counted place to its document; the head reads these places alone.
+
+    The sums are made on the host: in fp64, and in an order that repeats, whatever the device.
+    """
     chosen = batch.targets != IGNORED
-    nll = linear_nll(h[chosen], model.head_weight, batch.targets[chosen])
-    sums.index_add_(0, batch.documents[:, None].expand_as(chosen)[chosen], nll.double())
+    targets = batch.targets[chosen].to(h.device)
+    nll = linear_nll(h[chosen.to(h.device)], model.head_weight, targets)
+    owners = batch.documents[:, None].expand_as(chosen)[chosen]
+    sums.index_add_(0, owners, nll.cpu().double())
     if progress is not None:
         progress(len(nll))
 

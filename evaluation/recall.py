@@ -65,10 +65,10 @@ class SliceScore:
             "sequences": n,
             "positions": int(self.labels.sum()),
             "sequence_accuracy": self.sequence_accuracy,
-            "sequence_accuracy_interval": wilson(self.sequence_accuracy, n),
+            "sequence_accuracy_interval": list(wilson(self.sequence_accuracy, n)),
             "token_accuracy": self.token_accuracy,
             "exact_accuracy": self.exact_accuracy,
-            "exact_accuracy_interval": wilson(self.exact_accuracy, n),
+            "exact_accuracy_interval": list(wilson(self.exact_accuracy, n)),
         }
 
 

@@ -26,7 +26,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
 
 def _text_table(result: dict[str, Any]) -> Table:
     sizes = result["text"]
-    table = _table(f"{result['task']}, {result['split']} split")
+    table = _table(_title(result))
     table.add_column("protocol")
     table.add_column("context")
     leaky = " (leaky)" if result["model"]["causal"] == "leaky" else ""
@@ -57,7 +57,7 @@ def _official(sizes: dict[str, Any]) -> str:
 
 
 def _recall_table(result: dict[str, Any]) -> Table:
-    table = _table(f"{result['task']}, {result['split']} split")
+    table = _table(_title(result))
     leaky = " (leaky)" if result["model"]["causal"] == "leaky" else ""
     table.add_column("slice")
     for name in ("accuracy" + leaky, "95% interval", "exact", "chance", "sequences"):
@@ -116,6 +116,12 @@ def _cost_table(cost: dict[str, Any]) -> Table:
     table.add_row("decode, tokens/s", f"{speed['decode_tokens_per_second']:,.0f}")
     table.caption = f"speeds: {conditions}, {speed['device']}{threads}"
     return table
+
+
+def _title(result: dict[str, Any]) -> str:
+    title = f"{result['task']}, {result['split']} split"
+    own = result["task"] == result["trained_on"]
+    return title if own else f"{title}, of a model trained on {result['trained_on']}"
 
 
 def _table(title: str) -> Table:

@@ -1,10 +1,20 @@
 """Accuracy per slice: three ways to count, and the interval."""
 
+import io
+import json
+
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 from scipy.stats import binomtest
 
-from evaluation.recall import SliceScore, wilson
+from evaluation import Settings, evaluate, print_table
+from evaluation.recall import SliceScore, score_slice, wilson
+from schema.errors import ConfigError
+from tasks.base import Recipe
+from tasks.recall.task import Recall
+from tests.tiny import tiny_model
 
 
 def test_three_accuracies_differ_where_sequences_differ_in_labels():
@@ -22,3 +32,46 @@ def test_three_accuracies_differ_where_sequences_differ_in_labels():
 def test_wilson_is_scipys(k, n):
     expected = binomtest(k, n).proportion_ci(method="wilson")
     assert wilson(k / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def task():
+    slices = [{"seq_len": 16, "num_kv_pairs": k, "num_examples": 300} for k in (2, 4)]
+    recipe = Recipe(batch_size=2, max_steps=10, lr=1e-3)
+    task = Recall(64, slices, slices, recipe)
+    task.prepare()
+    return task
+
+
+@torch.no_grad()
+def test_counts_are_those_of_the_argmax_over_all_logits(task):
+    model = tiny_model(["conv", "attention"], vocab_size=64).eval()
+    for part in task.slices("test").values():
+        logits, _ = model(torch.from_numpy(part.inputs))
+        asked = torch.from_numpy(part.labels) != -100
+        right = (logits.argmax(-1) == torch.from_numpy(part.labels)) & asked
+        for tokens_at_once in (1, 16 * 7, 10**6):
+            score = score_slice(model, part, tokens_at_once)
+            assert np.array_equal(score.right, right.sum(1).numpy())
+            assert np.array_equal(score.labels, asked.sum(1).numpy())
+
+
+def test_an_untrained_model_is_near_the_chance_of_the_vocabulary(task):
+    result = evaluate(tiny_model("conv", vocab_size=64), task, "test", Settings(cost=False))
+    assert [row["slice"] for row in result["slices"]] == ["L16_K2", "L16_K4"]
+    assert [row["chance"] for row in result["slices"]] == [1 / 2, 1 / 4]
+    everything = result["all"]
+    assert everything["sequences"] == 600
+    assert everything["positions"] == 300 * 2 + 300 * 4
+    assert everything["chance_of_vocabulary"] == 1 / 32
+    # 1,800 guesses at 1/32 have a standard error of 0.004; keys' embeddings sway them together.
+    assert everything["token_accuracy"] < 1 / 32 + 0.03
+    assert json.loads(json.dumps(result)) == result
+    console = Console(file=io.StringIO(), width=100)
+    print_table(result, console)
+    assert "L16_K4" in console.file.getvalue()
+
+
+def test_a_recall_task_of_another_vocabulary_is_refused(task):
+    with pytest.raises(ConfigError, match=r"vocabulary of 31 ids, task=mqar of 64"):
+        evaluate(tiny_model("conv"), task)
