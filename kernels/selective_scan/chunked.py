@@ -49,10 +49,12 @@ def forward(scan: Scan, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     The latter are (tiles, B, N, D) with `keep_states`, else empty.
     """
     batch, channels, length = scan.u.shape
-    N, tiles = scan.A.shape[1], len(scan.starts) if keep_states else 0
+    N = scan.A.shape[1]
     y = torch.empty_like(scan.u)
     last = scan.u.new_empty(batch, channels, N, dtype=scan.dtype)
-    states = scan.u.new_empty(tiles, batch, N, channels, dtype=scan.dtype)
+    states = (
+        last.new_empty(len(scan.starts), batch, N, channels) if keep_states else last.new_empty(0)
+    )
     for block in scan.blocks():
         rows, channels, _ = block
         A, D, h = scan.rates(block), scan.skip(block), scan.first_state(block)

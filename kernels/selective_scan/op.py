@@ -35,7 +35,7 @@ def _forward(
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
     if u.shape[2] == 1 and not keep_states:  # one step is the recurrence itself
         y, last = selective_scan_reference(*arguments)
-        return y, last, u.new_empty(0, dtype=last.dtype)
+        return torch.empty_like(u).copy_(y), last.contiguous(), last.new_empty(0)
     return chunked.forward(Scan(*arguments), keep_states)
 
 
@@ -43,8 +43,10 @@ def _forward(
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments, keep_states):
     (batch, channels, length), N = u.shape, A.shape[1]
     dtype = accumulation_dtype(u)
-    tiles = -(-length // STEPS) if keep_states else 0
     last = u.new_empty(batch, channels, N, dtype=dtype)
+    if not keep_states:
+        return torch.empty_like(u), last, u.new_empty(0, dtype=dtype)
+    tiles = -(-length // STEPS)
     return torch.empty_like(u), last, u.new_empty(tiles, batch, N, channels, dtype=dtype)
 
 

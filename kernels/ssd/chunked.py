@@ -40,8 +40,10 @@ def forward(args: Arguments, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]
     The latter are (B, chunks, G, N, R P) with `keep_states`, else empty.
     """
     y, state = torch.empty_like(args.x), args.first_state()
-    chunks = -(-args.x.shape[1] // args.chunk_size) if keep_states else 0
-    kept = state.new_empty(len(state), chunks, *state.shape[1:])
+    kept = state.new_empty(0)
+    if keep_states:
+        chunks = -(-args.x.shape[1] // args.chunk_size)
+        kept = state.new_empty(len(state), chunks, *state.shape[1:])
     for span in args.spans:
         part = args.part(span)
         before, state = _pass_states(part, state)

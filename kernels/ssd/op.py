@@ -34,7 +34,7 @@ def _forward(
     arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
     if x.shape[1] == 1 and not keep_states:  # one step is the recurrence itself
         y, last = ssd_reference(*arguments)
-        return y, last, last.new_empty(0)
+        return torch.empty_like(x).copy_(y), last.contiguous(), last.new_empty(0)
     return chunked.forward(Arguments(*arguments), keep_states)
 
 
@@ -42,8 +42,10 @@ def _forward(
 def _(x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size, keep_states):
     (batch, length, H, P), (G, N) = x.shape, B.shape[2:]
     dtype = accumulation_dtype(x)
-    chunks = -(-length // chunk_size) if keep_states else 0
     last = x.new_empty(batch, H, P, N, dtype=dtype)
+    if not keep_states:
+        return torch.empty_like(x), last, x.new_empty(0, dtype=dtype)
+    chunks = -(-length // chunk_size)
     return torch.empty_like(x), last, x.new_empty(batch, chunks, G, N, H // G * P, dtype=dtype)
 
 

@@ -158,4 +158,4 @@ def grouped(states: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def ungrouped(states: Tensor, num_heads: int) -> Tensor:
     """(B, G, N, R P) -> (B, H, P, N), the inverse of `grouped`."""
     heads = num_heads // states.shape[1]
-    return states.unflatten(3, (heads, -1)).permute(0, 1, 3, 4, 2).flatten(1, 2)
+    return states.unflatten(3, (heads, -1)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()

@@ -284,11 +284,15 @@ def test_flops():
     assert counter.get_total_flops() == 20 * 2 * 40 * 6 * 4
 
 
-def test_operator_is_well_formed():
+@pytest.mark.parametrize(("length", "keep_states"), [(1, False), (5, True)])
+def test_operator_is_well_formed(length, keep_states):
     """Schema, fake form, autograd registration and compilation, by torch's own check."""
-    args = arguments(5, channels=3, d_state=2)
+    args = arguments(length, channels=3, d_state=2)
+    if not keep_states:
+        args = {n: t.detach() for n, t in args.items() if isinstance(t, torch.Tensor)}
+        args["initial_state"] = args["initial_state"].mT.contiguous().mT  # any strides
     order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    given = (*(args[n] for n in order), True, args["initial_state"], None, True)
+    given = (*(args[n] for n in order), True, args["initial_state"], None, keep_states)
     torch.library.opcheck(torch.ops.seqmix.selective_scan.default, given)
 
 
