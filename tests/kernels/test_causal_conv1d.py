@@ -1,0 +1,203 @@
+"""Causal convolution: forms, states, documents, gradients, cost.
+
+B batch, T time, D channels, W taps.
+"""
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv1d, pad, silu
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_flops
+from tests.kernels.compare import (
+    TOLERANCE,
+    assert_close,
+    assert_forms_agree,
+    bytes_kept_for_backward,
+    documents,
+)
+
+shifted = import_module("kernels.causal_conv1d.shifted")
+BLOCK, B, D = 7, 3, 5
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 7 tokens."""
+    monkeypatch.setattr(shifted, "_BLOCK", BLOCK * B * D)
+
+
+def inputs(T: int, W: int, dtype=torch.float64) -> list[Tensor]:
+    """x, weight, bias, state."""
+    torch.manual_seed(10 * T + W)
+    shapes = ((B, T, D), (D, W), (D,), (B, W - 1, D))
+    return [torch.randn(s, dtype=dtype) for s in shapes]
+
+
+def run(x, weight, bias=None, state=None, **options):
+    """y, and the state after it."""
+    return causal_conv1d(x, weight, bias, initial_state=state, return_state=True, **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", [None, "packed", "padded"])
+@pytest.mark.parametrize("T", [1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 37])
+def test_forms_agree(small_blocks, T, kind, dtype):
+    segments = documents(B, T, kind)
+    valid = None if segments is None else segments >= 0
+    for W, activation, count in ((4, "silu", 4), (4, None, 2), (1, None, 3), (9, "silu", 4)):
+
+        def form(backend, *x, activation=activation):
+            return run(*x, activation=activation, segments=segments, backend=backend)
+
+        assert_forms_agree(form, inputs(T, W)[:count], dtype, valid)
+
+
+def test_is_torchs_convolution():
+    x, weight, bias, _ = inputs(20, 4)
+    expected = conv1d(pad(x.mT, (3, 0)), weight[:, None], bias, groups=D).mT
+    assert_close("y", causal_conv1d(x, weight, bias), expected, TOLERANCE[torch.float64])
+    y = causal_conv1d(x, weight, bias, activation="silu")
+    assert_close("y", y, silu(expected), TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("T", [1, 3, 4])
+def test_without_gradients_the_same(T):
+    """Decoding takes other code than training for a few tokens."""
+    for kind in (None, "padded"):
+        given, segments = inputs(T, 4), documents(B, T, kind)
+        trained = run(*[x.requires_grad_() for x in given], segments=segments)
+        with torch.no_grad():
+            decoded = run(*given, segments=segments)
+        for a, b in zip(decoded, trained, strict=True):
+            assert_close("without gradients", a, b.detach(), TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("kind", [None, "padded"])
+def test_gradcheck(small_blocks, monkeypatch, kind):
+    monkeypatch.setattr(shifted, "_BLOCK", 2 * B * D)
+    segments = documents(B, 5, kind)
+
+    def fn(*x):
+        y, state = run(*x, activation="silu", segments=segments)
+        return (y if segments is None else y[segments >= 0]), state
+
+    assert torch.autograd.gradcheck(fn, [x.requires_grad_() for x in inputs(5, 3)])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 6, 18])
+def test_split_and_continue(cut):
+    x, weight, bias, state = inputs(19, 4)
+    y, end = run(x, weight, bias, state)
+    first, middle = run(x[:, :cut], weight, bias, state)
+    second, got = run(x[:, cut:], weight, bias, middle)
+    assert_close("y", torch.cat([first, second], 1), y, TOLERANCE[torch.float64])
+    assert torch.equal(got, end)
+
+
+def test_documents_equal_separate_runs():
+    """Also: the initial state is the first document's, the final state the last one's."""
+    x, weight, bias, state = inputs(40, 4)
+    segments = documents(B, 40, "padded")
+    y, end = run(x, weight, bias, state, segments=segments)
+    for b in range(B):
+        past = end_b = state[b : b + 1]
+        for name in [n for n in segments[b].unique().tolist() if n >= 0]:
+            at = segments[b] == name
+            one, end_b = run(x[b : b + 1, at], weight, bias, past)
+            assert_close(f"document {name}", y[b : b + 1, at], one, TOLERANCE[torch.float64])
+            past = torch.zeros_like(past)
+        assert torch.equal(end[b : b + 1], end_b)
+
+
+def test_the_state_is_the_inputs():
+    x, weight, _, state = inputs(2, 4, torch.bfloat16)
+    _, end = run(x, weight.float(), None, state.float())
+    assert end.dtype == torch.bfloat16
+    assert torch.equal(end, torch.cat([state, x], 1)[:, -3:])
+
+
+def test_the_given_state_stays_and_repeats_are_equal():
+    for T in (1, 20):
+        given = inputs(T, 4)
+        before = given[3].clone()
+        first, second = run(*given), run(*given)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert torch.equal(given[3], before)
+
+
+def test_autocast_changes_nothing():
+    given = inputs(20, 4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(*given)
+    assert all(torch.equal(a, b) for a, b in zip(inside, run(*given), strict=True))
+
+
+def test_backward_keeps_the_inputs_only():
+    x, weight, *_ = inputs(200, 4)
+    x.requires_grad_()
+    kept = bytes_kept_for_backward(lambda: causal_conv1d(x, weight, activation="silu"))
+    assert kept == x.nbytes + weight.nbytes
+
+
+@pytest.mark.parametrize("T", [1, 2, 20])
+def test_flops(T):
+    x, weight, bias, _ = inputs(T, 4)
+    formula = causal_conv1d_flops(B, T, D, 4)
+    assert formula == 2 * B * T * D * 4
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        causal_conv1d(x, weight, bias)
+    with FlopCounterMode(display=False) as training:
+        y = causal_conv1d(x.requires_grad_(), weight, bias)
+    assert counted.get_total_flops() == training.get_total_flops() == formula
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    assert backward.get_total_flops() == 2 * formula
+
+
+def test_operators_keep_torchs_rules():
+    x, weight, bias, state = (t.requires_grad_() for t in inputs(5, 3))
+    for segments in (None, documents(B, 5, "padded")):
+        given = (x, weight, bias, state, segments, True)
+        torch.library.opcheck(torch.ops.seqmix.causal_conv1d, given)
+    padding = torch.tensor([[True], [False], [False]])
+    step = [t.detach() for t in (x[:, :1], weight, bias, state)]
+    torch.library.opcheck(torch.ops.seqmix.causal_conv1d_steps, (*step, padding, False))
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager():
+    for T in (1, 20):
+        given, segments = inputs(T, 4, torch.float32), documents(B, T, "padded")
+        given = [x.requires_grad_() for x in given]
+
+        def fn(*x, segments=segments):
+            return run(*x, activation="silu", segments=segments)
+
+        eager, compiled = fn(*given), torch.compile(fn, fullgraph=True)(*given)
+        grads = [torch.autograd.grad(y.sum() + s.sum(), given) for y, s in (eager, compiled)]
+        for a, b in zip((*compiled, *grads[1]), (*eager, *grads[0]), strict=True):
+            assert_close("compiled", a.detach(), b.detach(), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.rand(2, 5)}, r"x has shape \(2, 5\); expected \(B, T, D\)"),
+        ({"x": torch.rand(2, 0, 3)}, "must be at least 1"),
+        ({"x": torch.ones(2, 5, 3, dtype=torch.long)}, "x is torch.int64"),
+        ({"weight": torch.rand(4, 3)}, r"weight has shape \(4, 3\)"),
+        ({"weight": torch.rand(3, 0)}, "W must be >= 1"),
+        ({"bias": torch.rand(4)}, r"bias has shape \(4,\)"),
+        ({"activation": "relu"}, "activation='relu'; allowed: None, 'silu'"),
+        ({"initial_state": torch.rand(2, 4, 3)}, r"initial_state has shape \(2, 4, 3\)"),
+        ({"segments": torch.zeros(2, 4, dtype=torch.long)}, r"segments has shape \(2, 4\)"),
+    ],
+)
+def test_bad_input(change, message):
+    good = {"x": torch.rand(2, 5, 3), "weight": torch.rand(3, 4)}
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(**{**good, **change})

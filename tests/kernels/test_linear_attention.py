@@ -1,0 +1,352 @@
+"""Linear attention: forms, states, documents, gradients, golden arrays, cost.
+
+B batch, T time, H heads, K features, V value width.
+"""
+
+import math
+import statistics
+import time
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.dispatch import BackendError
+from kernels.linear_attention import CHUNK, linear_attention, linear_attention_flops
+from tests.kernels.compare import (
+    TOLERANCE,
+    LargestTensor,
+    assert_close,
+    assert_forms_agree,
+    bytes_kept_for_backward,
+    documents,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "hedgehog_linear_attention.npz"
+LENGTHS = (1, 2, 37, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5)
+blocks = import_module("kernels.linear_attention.blocks")
+chunked = import_module("kernels.linear_attention.chunked")
+
+
+def inputs(T: int, B=3, H=2, K=5, V=3, dtype=torch.float64) -> list[Tensor]:
+    """q, k positive, v, and a state S, z."""
+    torch.manual_seed(T)
+    q, k = torch.rand(2, B, T, H, K, dtype=dtype) + 0.1
+    state = [torch.rand(B, H, K, V, dtype=dtype), torch.rand(B, H, K, dtype=dtype)]
+    return [q, k, torch.randn(B, T, H, V, dtype=dtype), *state]
+
+
+def flat(q, k, v, S=None, z=None, **options):
+    """y, S, z after the call."""
+    state = None if S is None else (S, z)
+    y, (S, z) = linear_attention(q, k, v, initial_state=state, return_state=True, **options)
+    return y, S, z
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", [None, "packed", "padded"])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_forms_agree(T, kind, dtype):
+    segments = documents(3, T, kind)
+    valid = None if segments is None else segments >= 0
+    for normalize, with_state, scale in ((True, True, 0.5), (False, True, 0.5), (True, False, 1.0)):
+        given = inputs(T)[: 5 if with_state else 3]
+
+        def form(backend, *x, options={"scale": scale, "normalize": normalize}):  # noqa: B006
+            return flat(*x, segments=segments, backend=backend, **options)
+
+        assert_forms_agree(form, given, dtype, valid)
+
+
+@pytest.mark.parametrize("T", [1, 3, CHUNK])
+def test_without_gradients_the_same(T):
+    """Decoding takes other code than training for a few tokens."""
+    for kind in (None, "padded"):
+        given, segments = inputs(T), documents(3, T, kind)
+        trained = flat(*[x.requires_grad_() for x in given], segments=segments)
+        with torch.no_grad():
+            decoded = flat(*given, segments=segments)
+        for a, b in zip(decoded, trained, strict=True):
+            assert_close("without gradients", a, b.detach(), TOLERANCE[torch.float64])
+
+
+def test_feature_maps_may_be_wider_than_values():
+    """float32 features with bfloat16 values: the values' dtype out, a float32 state."""
+    q, k, v, S, z = inputs(70, dtype=torch.float32)
+    y, S_end, _ = flat(q, k, v.bfloat16(), S, z)
+    expected = flat(*[x.double() for x in (q, k, v.bfloat16(), S, z)], backend="reference")
+    assert (y.dtype, S_end.dtype) == (torch.bfloat16, torch.float32)
+    assert_close("y", y, expected[0], TOLERANCE[torch.bfloat16])  # its own rounding
+    assert_close("S", S_end, expected[1], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", [None, "padded"])
+def test_gradcheck_over_chunks(monkeypatch, kind, normalize):
+    monkeypatch.setattr(blocks, "CHUNK", 2)
+    segments = documents(2, 5, kind)
+    given = [x.requires_grad_() for x in inputs(5, B=2, H=1, K=2, V=2)]
+
+    def fn(*x):
+        y, S, z = flat(*x, normalize=normalize, scale=0.7, segments=segments)
+        return (y, S, z) if segments is None else (y[segments >= 0], S, z)
+
+    assert torch.autograd.gradcheck(fn, given)
+
+
+@pytest.mark.parametrize("kind", [None, "padded"])
+def test_chunk_invariance(monkeypatch, kind):
+    T, segments = 70, documents(3, 70, kind)
+    expected = flat(*inputs(T), segments=segments)
+    for chunk, squares in ((1, 1 << 20), (3, 1), (16, 1), (16, 40_000), (T, 1), (T + 5, 1)):
+        monkeypatch.setattr(blocks, "CHUNK", chunk)
+        monkeypatch.setattr(blocks, "_SQUARES", {"cpu": squares})
+        for got, e in zip(flat(*inputs(T), segments=segments), expected, strict=True):
+            assert_close(f"chunks of {chunk}", got, e, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("cut", [1, 36, CHUNK, CHUNK + 1])
+def test_split_and_continue(cut):
+    q, k, v, S, z = inputs(2 * CHUNK + 5)
+    y, *end = flat(q, k, v, S, z)
+    first, *middle = flat(q[:, :cut], k[:, :cut], v[:, :cut], S, z)
+    second, *got = flat(q[:, cut:], k[:, cut:], v[:, cut:], *middle)
+    assert_close("y", torch.cat([first, second], 1), y, TOLERANCE[torch.float64])
+    for a, b in zip(got, end, strict=True):
+        assert_close("state", a, b, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_documents_equal_separate_runs(normalize):
+    """Also: the initial state is the first document's, the final state the last one's."""
+    T, B = 150, 3
+    segments = documents(B, T, "padded")
+    q, k, v, S, z = inputs(T)
+    y, S_end, z_end = flat(q, k, v, S, z, segments=segments, normalize=normalize)
+    for b in range(B):
+        past = ends = [S[b : b + 1], z[b : b + 1]]
+        for name in [n for n in segments[b].unique().tolist() if n >= 0]:
+            at = segments[b] == name
+            own = [x[b : b + 1, at] for x in (q, k, v)]
+            one, *ends = flat(*own, *past, normalize=normalize)
+            assert_close(f"document {name}", y[b : b + 1, at], one, TOLERANCE[torch.float64])
+            past = [torch.zeros_like(x) for x in past]
+        assert_close("S", S_end[b : b + 1], ends[0], TOLERANCE[torch.float64])
+        assert_close("z", z_end[b : b + 1], ends[1], TOLERANCE[torch.float64])
+
+
+def test_padding_is_finite_even_without_eps():
+    given = [x.requires_grad_() for x in inputs(70)[:3]]
+    y = linear_attention(*given, eps=0.0, segments=torch.full((3, 70), -1))
+    assert y.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), given))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_golden(backend):
+    """Tolerance: both sides are float32."""
+    data = {name: torch.from_numpy(a) for name, a in np.load(GOLDEN).items()}
+    q, k, v = (data[n].transpose(1, 2) for n in ("phi_q", "phi_k", "v"))
+    cut = int(data["split_at"])
+    y, S, z = flat(q, k, v, eps=1e-12, backend=backend)
+    _, S_cut, z_cut = flat(q[:, :cut], k[:, :cut], v[:, :cut], eps=1e-12, backend=backend)
+    plain = linear_attention(q, k, v, normalize=False, backend=backend)
+    scaled = linear_attention(
+        q, k, v, normalize=False, scale=float(data["fla_scale"]), backend=backend
+    )
+    got = {
+        "y_causal": y.transpose(1, 2),
+        "numerator": plain.transpose(1, 2),
+        "fla_unnormalised_scaled": scaled.transpose(1, 2),
+        "state_kv_final": S,
+        "state_k_final": z[:, :, None],
+        "state_kv_split": S_cut,
+        "state_k_split": z_cut[:, :, None],
+    }
+    for name, value in got.items():
+        torch.testing.assert_close(value, data[name], rtol=1e-4, atol=1e-5, msg=name)
+    weights = linear_attention(  # values that are the unit vectors: the weights themselves
+        q, k, torch.eye(37).expand(2, 2, 37, 37).transpose(1, 2), eps=1e-12, backend=backend
+    )
+    torch.testing.assert_close(weights.transpose(1, 2), data["attn_causal"], rtol=1e-4, atol=1e-5)
+
+
+def test_constant_values_pass_unchanged():
+    q, k, _, *_ = inputs(100)
+    y = linear_attention(q, k, torch.full((3, 100, 2, 3), 2.5, dtype=torch.float64), eps=0.0)
+    assert_close("y", y, torch.full_like(y, 2.5), TOLERANCE[torch.float64])
+
+
+def test_sums_of_bfloat16_are_float32():
+    """In bfloat16 a sum of ones stops at 256."""
+    one = torch.ones(1, 3000, 1, 1, dtype=torch.bfloat16)
+    y, S, z = flat(one, one, one, normalize=False)
+    assert (S.item(), z.item()) == (3000, 3000)
+    assert_close("y", y.flatten(), torch.arange(1, 3001).double(), 2**-8)  # y itself is rounded
+
+
+def test_bfloat16_stays_finite():
+    q, k, v = (x.bfloat16() for x in inputs(200)[:3])
+    tiny, huge = torch.tensor(1e-30).bfloat16(), torch.tensor(1e15).bfloat16()
+    for scale in (tiny, huge):
+        given = [(q * scale).requires_grad_(), (k * scale).requires_grad_(), v.requires_grad_()]
+        y = linear_attention(*given)
+        assert y.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), given))
+
+
+def test_the_given_state_stays_and_repeats_are_equal():
+    given = inputs(CHUNK + 3)
+    before = [x.clone() for x in given]
+    first, second = flat(*given), flat(*given)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+def test_autocast_changes_nothing():
+    given = [x.float() for x in inputs(70)]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = flat(*given)
+    assert all(torch.equal(a, b) for a, b in zip(inside, flat(*given), strict=True))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_flops(normalize):
+    """The formula is what is counted at every length, and what the products come to."""
+    for T in LENGTHS:
+        q, k, v = inputs(T)[:3]
+        B, _, H, K, V = *q.shape, v.shape[3]
+        formula = linear_attention_flops(B, T, H, K, V, normalize=normalize)
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            linear_attention(q, k, v, normalize=normalize)
+        with FlopCounterMode(display=False) as counted_training:
+            linear_attention(q.clone().requires_grad_(), k, v, normalize=normalize)
+        assert counted.get_total_flops() == counted_training.get_total_flops() == formula
+        if T % CHUNK == 0:
+            with FlopCounterMode(display=False) as products:
+                y, _, sums = chunked.chunked_forward(q, k, v, None, None, 1.0, normalize, 1e-6)
+            assert products.get_total_flops() == formula
+            with FlopCounterMode(display=False) as products:
+                chunked.chunked_backward(y, None, q, k, v, None, None, y, sums, 1.0)
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            y = linear_attention(*leaves, normalize=normalize)
+            with FlopCounterMode(display=False) as counted:
+                y.sum().backward()
+            assert products.get_total_flops() == counted.get_total_flops()
+
+
+def test_no_tensor_holds_a_state_per_token():
+    q, k, v = inputs(1024, B=1, H=2, K=32, V=32, dtype=torch.float32)[:3]
+    with LargestTensor() as largest:
+        y, _, sums = chunked.chunked_forward(q, k, v, None, None, 1.0, True, 1e-6)
+        chunked.chunked_backward(y, None, q, k, v, None, None, y, sums, 1.0)
+    assert largest.numel <= 3 * q.numel()  # a state per token would be 32 times q
+
+
+def test_kept_memory_is_linear():
+    def kept(T: int) -> int:
+        given = [x.requires_grad_() for x in inputs(T, B=1, dtype=torch.float32)[:3]]
+        segments = (torch.arange(T) // 300)[None]
+        return bytes_kept_for_backward(lambda: linear_attention(*given, segments=segments))
+
+    slope = math.log(kept(16384) / kept(2048)) / math.log(8)
+    assert slope == pytest.approx(1.0, abs=0.05)
+
+
+def test_operators_keep_torchs_rules():
+    q, k, v, S, z = (x[:2] for x in inputs(5, K=2, V=2))
+    E = torch.cat([S, z[..., None]], -1)
+    for segments in (None, documents(2, 5, "padded")):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, E)]
+        torch.library.opcheck(
+            torch.ops.seqmix.linear_attention, (*leaves, segments, 1.0, True, 1e-6)
+        )
+    padding = torch.tensor([[True], [False]])
+    one = [x[:, :1] for x in (q, k, v)]
+    torch.library.opcheck(
+        torch.ops.seqmix.linear_attention_steps, (*one, S, z, padding, 1.0, True, 1e-6)
+    )
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager():
+    for T in (1, 70):
+        given = [x.float().requires_grad_() for x in inputs(T)]
+        segments = documents(3, T, "padded")
+
+        def fn(*x, segments=segments):
+            return flat(*x, segments=segments)
+
+        eager, compiled = fn(*given), torch.compile(fn, fullgraph=True)(*given)
+        loss = [sum(y.sum() for y in out) for out in (eager, compiled)]
+        grads = [torch.autograd.grad(one, given) for one in loss]
+        for a, b in zip((*compiled, *grads[1]), (*eager, *grads[0]), strict=True):
+            assert_close("compiled", a.detach(), b.detach(), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.rand(2, 5, 2)}, r"q has shape \(2, 5, 2\); expected \(B, T, H, K\)"),
+        ({"q": torch.rand(2, 0, 2, 4), "k": torch.rand(2, 0, 2, 4)}, "must be at least 1"),
+        ({"k": torch.rand(2, 6, 2, 4)}, r"k has shape \(2, 6, 2, 4\).* = \(2, 5, 2, 4\)"),
+        ({"v": torch.rand(2, 5, 1, 3)}, r"v has shape \(2, 5, 1, 3\)"),
+        ({"v": torch.ones(2, 5, 2, 3, dtype=torch.int64)}, "v is torch.int64"),
+        ({"segments": torch.zeros(2, 5)}, "segments is torch.float32; expected an integer"),
+        ({"segments": torch.zeros(2, 4, dtype=torch.long)}, r"segments has shape \(2, 4\)"),
+        ({"initial_state": (torch.rand(2, 2, 3, 4), torch.rand(2, 2, 4))}, r"initial_state\[0\]"),
+        ({"initial_state": (torch.rand(2, 2, 4, 3), torch.rand(2, 2, 3))}, r"initial_state\[1\]"),
+    ],
+)
+def test_bad_input(change, message):
+    good = {"q": torch.rand(2, 5, 2, 4), "k": torch.rand(2, 5, 2, 4), "v": torch.rand(2, 5, 2, 3)}
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**{**good, **change})
+
+
+def test_unknown_backend():
+    with pytest.raises(BackendError, match=r"'cuda'.*allowed: auto, reference, torch"):
+        linear_attention(*inputs(3)[:3], backend="cuda")
+
+
+def ratio(slow, fast, rounds: int = 5) -> float:
+    """Median over rounds of slow / fast, one after the other."""
+    ratios = []
+    slow(), fast()
+    for _ in range(rounds):
+        start = time.perf_counter()
+        slow()
+        middle = time.perf_counter()
+        fast()
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    return statistics.median(ratios)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_six_times_as_fast_as_softmax_attention(training):
+    B, T, H, K = 2, 8192, 4, 64
+    torch.use_deterministic_algorithms(False)  # filling memory is no part of either
+    torch.manual_seed(0)
+    given = [torch.rand(B, T, H, K).bfloat16().requires_grad_(training) for _ in range(3)]
+
+    def run(attend):
+        y = attend(*given)
+        if training:
+            torch.autograd.grad(y.sum(), given)
+
+    def softmax(q, k, v):
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(*heads, is_causal=True)
+
+    def linear(q, k, v):
+        return linear_attention(q, k, v, normalize=False)
+
+    measured = ratio(lambda: run(softmax), lambda: run(linear), 3 if training else 5)
+    print(f"linear attention is {measured:.1f} times as fast, training={training}")
+    assert measured >= 6
