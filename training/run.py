@@ -14,6 +14,7 @@ from layers.report import Report
 from models.language_model import LanguageModel
 from records.folder import RunFolder, new_path
 from records.machine import command, git_commit, machine, versions
+from schema.errors import ConfigError
 from tasks.base import Batch, Task
 from training.callbacks.signals import Interrupted
 from training.module import Training
@@ -27,11 +28,17 @@ def rehearse(module: Training, loader: DataLoader) -> int:
 
     What a layer, the objective or the optimizer cannot do with this data comes to light here,
     before anything is written. The global generators are afterwards as before.
+
+    Raises:
+        ConfigError: one of them says what it does not allow.
     """
     example: Batch = loader.collate_fn([loader.dataset[0]])  # type: ignore[assignment]
-    with isolated_generators(), torch.no_grad():
-        module.objective(module.model, example, Report())
-    module.configure_optimizers()
+    try:
+        with isolated_generators(), torch.no_grad():
+            module.objective(module.model, example, Report())
+        module.configure_optimizers()
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
     return example["inputs"].shape[1]
 
 
