@@ -202,10 +202,7 @@ class Recall(Task):
             "name": self.name,
             "kind": self.kind,
             "note": self.note,
-            "notes": [
-                "accuracy is per sequence, over its labelled positions; chance is naming one of "
-                "the sequence's own values, 1/K"
-            ],
+            "notes": ["chance is the accuracy of naming one of the sequence's own values, 1/K"],
             **self._options,
             "order": "shuffled" if self.shuffle else "curriculum",
             "seed": self.seed,

@@ -75,7 +75,7 @@ class TextFiles(Corpus):
         paths = self._paths()
         total = sum(path.stat().st_size for path in paths)
         starts = [total * (1 - self.validation - self.test), total * (1 - self.test)]
-        pending = [round(start) for start in starts]  # bytes at which the next splits start
+        pending = [round(start) for start in starts]  # bytes at which the next splits may start
         splits = iter(SPLITS)
         split, position, title = next(splits), 0, ""
         for text, new_title in self._documents(paths):
@@ -83,13 +83,12 @@ class TextFiles(Corpus):
             title = new_title if opens else title
             data = text.encode()
             while pending and pending[0] <= position + len(data):
-                if opens and pending[0] <= position:
-                    cut = 0
-                else:
-                    cut = data.find(b"\n", max(0, pending[0] - position - 1)) + 1
-                    if not cut:
-                        break
-                    yield split, Chunk(data[:cut].decode(), title if opens else None)
+                at_document = opens and pending[0] <= position
+                newline = data.find(b"\n", max(0, pending[0] - position - 1))
+                if not at_document and newline < 0:
+                    break  # the line goes on in a later chunk
+                cut = 0 if at_document else newline + 1
+                yield split, Chunk(data[:cut].decode(), title if opens else None)
                 pending.pop(0)
                 split, opens = next(splits), True
                 position, data = position + cut, data[cut:]

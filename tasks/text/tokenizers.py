@@ -213,7 +213,7 @@ class TokenizerSettings:
             return {"kind": "bpe", "vocab_size": self.bpe_vocab_size}
         if self.file is not None:
             content = Path(self.file).expanduser().read_bytes()
-            return {"kind": "file", "sha256": hashlib.sha256(content).hexdigest()}
+            return {"kind": "file", "file_sha256": hashlib.sha256(content).hexdigest()}
         return {"kind": self.kind}
 
     def make(self, training_texts: Iterable[str]) -> Tokenizer:

@@ -92,7 +92,11 @@ def test_a_file_that_does_not_give_the_text_back_is_told(tmp_path):
     inner.save(str(tmp_path / "t.json"))
     splits = {"train": ["the cat the cat"], "validation": ["the cat"], "test": ["The cat"]}
     task = prepared(
-        tmp_path, splits=splits, tokenizer="file", tokenizer_file=str(tmp_path / "t.json"), seq_len=2
+        tmp_path,
+        splits=splits,
+        tokenizer="file",
+        tokenizer_file=str(tmp_path / "t.json"),
+        seq_len=2,
     )
     facts = task.facts()
     assert facts["splits"]["validation"]["unfaithful_pieces"] == 0

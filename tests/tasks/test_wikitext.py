@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from schema.errors import ConfigError
+from tasks.base import SPLITS, Split
 from tasks.text.corpus import Chunk, count_words, pieces
 from tasks.text.wikitext import WikiText, WikiTextSmall, articles
 from tests.tasks.corpora import OFFICIAL, article, needs_official, write_wikitext
@@ -85,7 +86,7 @@ def test_text_before_the_first_heading_is_kept_and_the_file_may_start_with_a_hea
 @pytest.mark.parametrize("variant", ["wikitext-2", "wikitext-103-raw"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_official_layout_or_the_files_themselves(tmp_path, monkeypatch, variant, nested):
-    texts = {s: article("A", s) + "é\r\n" for s in ("train", "validation", "test")}
+    texts: dict[Split, str] = {s: article("A", s) + "é\r\n" for s in SPLITS}
     write_wikitext(tmp_path, texts, variant)
     corpus = WikiText(variant, str(tmp_path if nested else tmp_path / variant))
     corpus.check()
@@ -146,7 +147,8 @@ folder = Path(os.environ["HF_HOME"], "datasets/Salesforce___wikitext/wikitext-2-
 folder.mkdir(parents=True)
 features = datasets.Features({"text": datasets.Value("string")})
 splits = datasets.SplitDict(dataset_name="wikitext")
-rows = {split: ["", f" = {split} = \\n", "", " a b \\n"] for split in ("train", "validation", "test")}
+names = ("train", "validation", "test")
+rows = {split: ["", f" = {split} = \\n", "", " a b \\n"] for split in names}
 for split, lines in rows.items():
     with ArrowWriter(path=str(folder / f"wikitext-{split}.arrow"), features=features) as writer:
         for line in lines:
