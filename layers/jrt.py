@@ -99,7 +99,7 @@ class PrefixLinearAttention(FeatureMapAttention):
             raise ValueError(
                 "prefix_len and state: a prefix opens a sequence, a state continues one"
             )
-        inside = inside_prefix(prefix_len, *x.shape[:2], segments)  # (B, T)
+        inside = inside_prefix(prefix_len, x.shape[0], x.shape[1], segments)  # (B, T)
         end = int(inside.any(0).nonzero().max()) + 1 if inside.any() else 0
         x, inside = x[:, :end], inside[:, :end, None, None]
         k = rearrange(self.k_prefix_proj(x), "b m (h k) -> b m h k", h=self.num_heads)

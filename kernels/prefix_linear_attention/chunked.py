@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.linear_attention import linear_attention
+from kernels.linear_attention.op import linear_attention_torch
 from kernels.linear_attention.reference import State
 from kernels.precision import accumulation_dtype, outside_autocast
 
@@ -29,15 +29,15 @@ def prefix_linear_attention_torch(
     *,
     eps: float,
     segments: Tensor | None,
-) -> tuple[Tensor, State]:
-    y, state = linear_attention(
+) -> tuple[Tensor, State | None]:
+    return linear_attention_torch(
         q,
         k,
         v,
+        scale=1.0,
+        normalize=True,
         eps=eps,
         initial_state=prefix_sums(k_prefix, v_prefix),
-        return_state=True,
         segments=segments,
-        backend="torch",
+        return_state=True,
     )
-    return y, state

@@ -39,6 +39,7 @@ def double_loop(q, k, v, k_prefix, v_prefix, eps=1e-12):
     return y.transpose(1, 2)
 
 
+@pytest.mark.golden("jrt_pla_function", mixers=["jrt"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["a", "b", "c", "m1"])
 def test_golden(case, backend):
