@@ -69,7 +69,7 @@ def _(
     segments: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @custom_op("seqmix::causal_conv1d_backward", mutates_args=())
@@ -98,7 +98,7 @@ def _(
     exact = accumulation_dtype(x, weight)
     (B, _, D), W = x.shape, weight.shape[1]
     return (
-        torch.empty_like(x),
+        x.new_empty(x.shape),
         weight.new_empty(D, W),
         x.new_empty(D, dtype=exact),
         x.new_empty(B, W - 1, D, dtype=exact),
@@ -136,10 +136,11 @@ def _steps(
     u = (inputs.to(accumulation_dtype(x, weight)).unfold(1, W, 1) * weight).sum(-1)
     if bias is not None:
         u += bias
-    after = inputs[:, T:].contiguous()
+    after = inputs[:, T:]
     if padding is not None:
         after = torch.where(padding[..., None], state.to(x.dtype), after)
-    return (torch.nn.functional.silu(u) if silu else u).to(x.dtype), after
+    u = torch.nn.functional.silu(u) if silu else u
+    return u.to(x.dtype).contiguous(), after.contiguous()
 
 
 # Registered by hand: custom_op's own layer would cost as much as a step.
@@ -160,7 +161,7 @@ def _(
     padding: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(state.shape)
+    return x.new_empty(x.shape), x.new_empty(state.shape)
 
 
 @register_flop_formula([torch.ops.seqmix.causal_conv1d, torch.ops.seqmix.causal_conv1d_steps])

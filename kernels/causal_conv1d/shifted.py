@@ -27,7 +27,7 @@ def forward(
 ) -> Tensor:
     """y (B, T, D)."""
     conv = _Convolution(x, weight, bias, state, segments)
-    y = torch.empty_like(conv.x)
+    y = x.new_empty(x.shape)
     for start, end in conv.blocks:
         u = conv.sums(start, end)
         y[:, start:end] = torch.nn.functional.silu(u, inplace=True) if silu else u
@@ -52,7 +52,7 @@ def backward(
     conv = _Convolution(x, weight, bias, state, segments)
     (B, _, D), W = x.shape, weight.shape[1]
     grad_y = conv.documents.arrange(grad_y)
-    dx = torch.empty_like(conv.x)
+    dx = x.new_empty(x.shape)
     d_taps = torch.zeros_like(conv.taps)
     d_bias = conv.taps.new_zeros(D)
     later = conv.taps.new_zeros(B, W - 1, D)
@@ -70,7 +70,8 @@ def backward(
         later = du[:, : W - 1]
     before = torch.cat([later.new_zeros(B, W - 1, D), later], 1)
     d_state = conv.correlate(before, 1 - W, W - 1)
-    return conv.documents.restore(dx), d_taps.T.to(weight.dtype), d_bias, d_state
+    d_weight = d_taps.T.to(weight.dtype).contiguous()
+    return conv.documents.restore(dx), d_weight, d_bias, d_state
 
 
 class _Convolution:

@@ -90,7 +90,7 @@ def chunked_backward(
     all_masks = list(masks(segments, blocks, dtype, q.device))
     E = _first_state(state, (B, H, K, V + normalize), exact, q.device)
     starts = _states(k, v, E, blocks, all_masks, dtype)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if grad_y is None:
         grad_y = torch.zeros_like(y)
     R = _first_state(grad_state, (B, H, K, V + normalize), exact, q.device)

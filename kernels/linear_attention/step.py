@@ -38,12 +38,12 @@ def steps(
     if S is None or z is None:
         S, z = q.new_zeros(B, H, K, V), q.new_zeros(B, H, K)
     else:
-        S, z = S.to(exact), z.to(exact)
+        S, z = S.to(exact).contiguous(), z.to(exact).contiguous()
     outputs = []
     for t in range(T):
         q_t, k_t = q[:, t], k[:, t]
         S, z = torch.addcmul(S, k_t[..., None], v[:, t, :, None]), z + k_t
-        out = torch.bmm(q_t.reshape(B * H, 1, K), S.flatten(0, 1)).view(B, H, V)
+        out = torch.bmm(q_t.reshape(B * H, 1, K), S.view(B * H, K, V)).view(B, H, V)
         if normalize:
             out /= torch.linalg.vecdot(q_t, z).add_(eps)[..., None]
         outputs.append(out)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -85,6 +86,25 @@ def documents(B: int, T: int, kind: str | None) -> Tensor | None:
         if B > 2:
             segments[2] = -1
     return segments
+
+
+def check_operator(op: Callable, args: Sequence) -> None:
+    """torch's own checks of an operator, and that its fake form tells the truth about layouts.
+
+    torch.compile lays out memory by the fake form; inputs of unusual strides show where it errs.
+    """
+    torch.library.opcheck(op, args)
+
+    def unusual(x: Tensor) -> Tensor:
+        return x.detach().transpose(0, -1).contiguous().transpose(0, -1)
+
+    args = [unusual(x) if isinstance(x, Tensor) and x.ndim > 1 else x for x in args]
+    with torch.no_grad():
+        real = op(*args)
+        with FakeTensorMode() as mode:
+            fake = op(*[mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args])
+    for r, f in zip(tree_leaves(real), tree_leaves(fake), strict=True):
+        assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), str(op)
 
 
 class LargestTensor(TorchDispatchMode):

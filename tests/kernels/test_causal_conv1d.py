@@ -17,6 +17,7 @@ from tests.kernels.compare import (
     assert_close,
     assert_forms_agree,
     bytes_kept_for_backward,
+    check_operator,
     documents,
 )
 
@@ -162,16 +163,19 @@ def test_operators_keep_torchs_rules():
     x, weight, bias, state = (t.requires_grad_() for t in inputs(5, 3))
     for segments in (None, documents(B, 5, "padded")):
         given = (x, weight, bias, state, segments, True)
-        torch.library.opcheck(torch.ops.seqmix.causal_conv1d, given)
+        check_operator(torch.ops.seqmix.causal_conv1d, given)
+        plain = [t.detach() for t in (x, x, weight, bias, state)]
+        check_operator(torch.ops.seqmix.causal_conv1d_backward, (*plain, segments, True))
     padding = torch.tensor([[True], [False], [False]])
     step = [t.detach() for t in (x[:, :1], weight, bias, state)]
-    torch.library.opcheck(torch.ops.seqmix.causal_conv1d_steps, (*step, padding, False))
+    check_operator(torch.ops.seqmix.causal_conv1d_steps, (*step, padding, False))
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
     for T in (1, 20):
         given, segments = inputs(T, 4, torch.float32), documents(B, T, "padded")
+        given[0] = given[0].mT.contiguous().mT  # no layout is taken for granted
         given = [x.requires_grad_() for x in given]
 
         def fn(*x, segments=segments):

@@ -24,6 +24,7 @@ from tests.kernels.compare import (
     assert_close,
     assert_forms_agree,
     bytes_kept_for_backward,
+    check_operator,
     documents,
 )
 
@@ -263,20 +264,22 @@ def test_operators_keep_torchs_rules():
     E = torch.cat([S, z[..., None]], -1)
     for segments in (None, documents(2, 5, "padded")):
         leaves = [x.clone().requires_grad_() for x in (q, k, v, E)]
-        torch.library.opcheck(
-            torch.ops.seqmix.linear_attention, (*leaves, segments, 1.0, True, 1e-6)
+        check_operator(torch.ops.seqmix.linear_attention, (*leaves, segments, 1.0, True, 1e-6))
+        y, end, sums = torch.ops.seqmix.linear_attention(*leaves, segments, 1.0, True, 1e-6)
+        check_operator(
+            torch.ops.seqmix.linear_attention_backward,
+            [x if x is None else x.detach() for x in (y, end, *leaves, segments, y, sums)] + [1.0],
         )
     padding = torch.tensor([[True], [False]])
     one = [x[:, :1] for x in (q, k, v)]
-    torch.library.opcheck(
-        torch.ops.seqmix.linear_attention_steps, (*one, S, z, padding, 1.0, True, 1e-6)
-    )
+    check_operator(torch.ops.seqmix.linear_attention_steps, (*one, S, z, padding, 1.0, True, 1e-6))
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
     for T in (1, 70):
-        given = [x.float().requires_grad_() for x in inputs(T)]
+        given = [x.float().mT.contiguous().mT for x in inputs(T)]  # an unusual layout
+        given = [x.requires_grad_() for x in given]
         segments = documents(3, T, "padded")
 
         def fn(*x, segments=segments):
