@@ -87,15 +87,16 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep every other process from training this run meanwhile.
 
-        The system lifts the lock when the process ends, however it ends.
+        The system lifts the lock when the process ends, however it ends. Data workers that
+        outlive it by a moment do not hold it.
 
         Raises:
             ConfigError: another process holds it.
         """
         with (self.path / ".lock").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # which of them depends on the system
                 raise ConfigError(f"{self.path}: another process is training this run") from None
             yield
 

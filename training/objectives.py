@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels.linear_cross_entropy import linear_cross_entropy
 from layers.report import Report
 from models.language_model import LanguageModel
+from schema.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class NextToken:
         auxiliary: weight of each auxiliary loss by its name, in every layer that reports one of
             that name. A loss that is not listed has weight 1: a layer reports it already scaled
             as its paper has it.
+
+    Raises:
+        ConfigError: (when called) `auxiliary` names a loss that no layer reports.
     """
 
     def __init__(self, auxiliary: Mapping[str, float] | None = None) -> None:
@@ -51,11 +55,22 @@ def with_auxiliary(
     parts: Mapping[str, Tensor], report: Report, weights: Mapping[str, float]
 ) -> Loss:
     """The sum of `parts` and of the layers' auxiliary losses, each times its weight in `weights`
-    (1 where it is not listed); losses of one name are added up over the layers."""
-    parts = dict(parts)
+    (1 where it is not listed); losses of one name are added up over the layers.
+
+    Raises:
+        ConfigError: `weights` names a loss that no layer reports.
+    """
+    auxiliary: dict[str, Tensor] = {}
     for name, value in report.losses.items():
         kind = name.rpartition("/")[2]
         weighted = weights.get(kind, 1.0) * value
-        parts[kind] = parts[kind] + weighted if kind in parts else weighted
+        auxiliary[kind] = auxiliary[kind] + weighted if kind in auxiliary else weighted
+    for kind in weights:
+        if kind not in auxiliary:
+            raise ConfigError(
+                f"objective.auxiliary.{kind}: no layer reports a loss of that name; "
+                f"reported: {', '.join(auxiliary) or 'none'}"
+            )
+    parts = {**parts, **auxiliary}
     first, *rest = parts.values()
     return Loss(sum(rest, start=first), parts if rest else {})

@@ -1,6 +1,5 @@
 """The run folder: made once, read back, never shared by two writers."""
 
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,6 @@ from omegaconf import OmegaConf
 from records.folder import RunFolder, new_path
 from records.machine import command, git_commit, machine, versions
 from schema.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(path: Path) -> RunFolder:
@@ -69,18 +66,28 @@ def test_evaluations_are_kept_by_task(tmp_path: Path) -> None:
         run.evaluation("text")
 
 
+HOLD_LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_only_one_process_trains_a_run(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
-    try_lock = (
-        "import sys; from pathlib import Path; from records.folder import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).locked(): pass"
-    )
-    arguments = [sys.executable, "-c", try_lock, str(run.path)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with run.locked():
-        other = subprocess.run(arguments, env=env, capture_output=True, text=True)
-        assert "another process is training this run" in other.stderr
-    assert subprocess.run(arguments, env=env).returncode == 0
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, str(run.path / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="another process is training this run"):
+            run.locked().__enter__()
+    with run.locked():  # free again
+        pass
 
 
 def test_facts_of_the_machine_are_plain_values() -> None:
