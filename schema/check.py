@@ -30,6 +30,8 @@ def check(cfg: DictConfig, config_name: str = "config") -> None:
     values = plain(cfg)
     for line in faults(values, SCHEMAS[config_name], ""):
         raise ConfigError(line)
+    if cfg.get("resume") is not None:
+        return  # the run has a configuration of its own, of which a few values are replaced
     if cfg.get("task") is not None:
         with _named("task"):
             instantiate(cfg.task)

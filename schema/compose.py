@@ -140,9 +140,9 @@ def _diagnose(config_name: str, overrides: Sequence[str], error: Exception) -> s
             continue
         wrong = [o for o in _chosen(each) if o not in options]
         if wrong:
-            return f"{each.get_key_element()}={wrong[0]}: no such choice; " + suggest(
-                wrong[0], options
-            )
+            line = f"{each.key_or_group}={wrong[0]}: no such choice; {suggest(wrong[0], options)}"
+            extra = each.key_or_group == "hydra/launcher"
+            return f"{line}; seqmix[sweep] installs joblib and submitit" if extra else line
         choices.append(each.input_line)
     try:
         base = hydra.compose(config_name, choices, return_hydra_config=True)

@@ -127,6 +127,13 @@ def test_documents_need_mixers_that_keep_them_apart(text):
     check(cfg)
 
 
+def test_a_resumed_run_is_not_what_the_command_line_composes_to(default):
+    longer = changed(default, trainer__max_steps=8)  # than the four steps that the run had
+    assert said(longer).startswith("scheduler.warmup_steps=")
+    check(changed(longer, resume="somewhere"))
+    assert "expected int" in said(changed(default, resume="somewhere", trainer__max_steps="8"))
+
+
 def test_evaluation(evaluation):
     line = said(changed(evaluation, eval__window=4, eval__stride=5), "eval")
     assert line == "eval.stride=5: allowed: up to eval.window=4"
