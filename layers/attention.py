@@ -11,7 +11,7 @@ from layers.kv_cache import KVCache, key_tags, newest
 from layers.multihead import MultiHeadMixer
 from layers.projection import Dense, Projection
 from layers.report import Report
-from layers.segments import NO_DOCUMENT, Place, place
+from layers.segments import NO_DOCUMENT, Place, belongs, place
 
 
 class Attention(MultiHeadMixer):
@@ -136,7 +136,6 @@ def _last_document(k: Tensor, v: Tensor, tags: Tensor | None, where: Place) -> K
     """What the call's keys leave behind: those of each row's last document."""
     if tags is None:
         return KVCache(k, v, where.length, where.last, filled=k.shape[1])
-    keep = (tags == where.last[:, None]) & (tags >= 0)
     shortest, longest = torch.stack(where.length.aminmax()).tolist()
-    k, v = newest(keep, longest, k, v)
+    k, v = newest(belongs(tags, where.last), longest, k, v)
     return KVCache(k, v, where.length, where.last, filled=longest, ragged=shortest < longest)

@@ -76,9 +76,14 @@ def place(x: Tensor, state: DocumentState | None, segments: Tensor | None) -> Pl
         return Place(carry, last, where if state is None else offset[:, None] + where, offset + T)
     # Numbers do not decrease: a row that ends in the document it came from saw no other.
     stays = carry & (last == previous)
-    here = ((segments == last[:, None]) & (segments >= 0)).sum(1)
+    here = belongs(segments, last).sum(1)
     where = positions(segments, T, offset, carry)
     return Place(carry, last, where, here + torch.where(stays, offset, 0))
+
+
+def belongs(segments: Tensor, document: Tensor) -> Tensor:
+    """(B, T) bool: the position is a token of its row's `document` (B,); padding never is."""
+    return (segments == document[:, None]) & (segments >= 0)
 
 
 def keep_rows(keep: Tensor | None, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from layers.kv_cache import key_tags, newest
 from layers.multihead import MultiHeadMixer
 from layers.projection import Dense, Projection
 from layers.report import Report
-from layers.segments import NO_DOCUMENT, place
+from layers.segments import NO_DOCUMENT, belongs, place
 
 
 @dataclass(eq=False)
@@ -28,6 +28,8 @@ class WindowState:
     v: Tensor  # (B, W, G, D)
     length: Tensor  # (B,) int64 tokens of the document seen, which is the next position
     segment: Tensor  # (B,) int64 document that the row ended in
+    filled: int  # slots in use by any row, the newest ones
+    ragged: bool = False  # whether a row may use fewer of them
 
 
 class SlidingWindowAttention(MultiHeadMixer):
@@ -98,11 +100,14 @@ class SlidingWindowAttention(MultiHeadMixer):
         self.check_input(x, state, segments)
         where = place(x, state, segments)
         q, k, v = self.project(x, where.positions)
-        tags = segments
+        tags, filled = segments, 0
         if state is not None:
-            tags = key_tags(state, self.window, where, segments, x.shape[1])
-            k = torch.cat([state.k, k.to(state.k.dtype)], dim=1)
-            v = torch.cat([state.v, v.to(state.v.dtype)], dim=1)
+            filled = state.filled
+            if segments is not None or state.ragged:
+                tags = key_tags(state, filled, where, segments, x.shape[1])
+            used = slice(self.window - filled, None)
+            k = torch.cat([state.k[:, used], k.to(state.k.dtype)], dim=1)
+            v = torch.cat([state.v[:, used], v.to(state.v.dtype)], dim=1)
         y = attention(
             q,
             k.to(q.dtype),
@@ -113,14 +118,18 @@ class SlidingWindowAttention(MultiHeadMixer):
         )
         if not want_state:
             return self.merge(y), None
-        slots = min(self.window, k.shape[1])
-        if tags is None or segments is None:
-            k, v = k[:, -slots:].clone(), v[:, -slots:].clone()  # not a view of a long past
+        filled = min(self.window, k.shape[1])
+        if segments is None or tags is None:
+            ragged = state is not None and state.ragged and x.shape[1] < self.window
+            k, v = k[:, -filled:].clone(), v[:, -filled:].clone()  # not a view of a long past
         else:
-            keep = (tags == where.last[:, None]) & (tags >= 0)
-            k, v = newest(keep, slots, k, v)
-        room = (0, 0, 0, 0, self.window - slots, 0)
-        return self.merge(y), WindowState(pad(k, room), pad(v, room), where.length, where.last)
+            ragged = True
+            k, v = newest(belongs(tags, where.last), filled, k, v)
+        unused = (0, 0, 0, 0, self.window - filled, 0)
+        after = WindowState(
+            pad(k, unused), pad(v, unused), where.length, where.last, filled, ragged
+        )
+        return self.merge(y), after
 
     def new_state(
         self,
@@ -134,7 +143,7 @@ class SlidingWindowAttention(MultiHeadMixer):
         shape = (batch_size, self.window, self.num_kv_heads, self.key_dim)
         k, v = torch.zeros(2, *shape, device=device, dtype=dtype or self.dtype)
         length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return WindowState(k, v, length, torch.full_like(length, NO_DOCUMENT))
+        return WindowState(k, v, length, torch.full_like(length, NO_DOCUMENT), filled=0)
 
     def state_bytes(self, batch_size: int, length: int) -> int:
         """Keys and values of W slots, and two integers per row, whatever the length."""
@@ -143,5 +152,7 @@ class SlidingWindowAttention(MultiHeadMixer):
 
     def flops(self, batch_size: int, length: int) -> int:
         """Projections, scores and weighted sums."""
-        mixing = attention_flops(batch_size, length, self.num_heads, self.key_dim)
+        mixing = attention_flops(
+            batch_size, length, self.num_heads, self.key_dim, window=self.window
+        )
         return self.projection_flops(batch_size * length) + mixing
