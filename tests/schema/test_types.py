@@ -68,7 +68,7 @@ FITS = [
 ]
 
 
-@pytest.mark.parametrize(("value", "hint"), FITS, ids=str)
+@pytest.mark.parametrize(("value", "hint"), FITS)
 def test_fits(value, hint):
     assert list(faults(value, hint, "key")) == []
 
@@ -132,7 +132,7 @@ DOES_NOT_FIT = [
 ]
 
 
-@pytest.mark.parametrize(("value", "hint", "line"), DOES_NOT_FIT, ids=str)
+@pytest.mark.parametrize(("value", "hint", "line"), DOES_NOT_FIT)
 def test_does_not_fit(value, hint, line):
     (said,) = faults(value, hint, "key")
     assert said.startswith(line)
