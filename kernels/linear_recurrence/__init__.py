@@ -1,64 +1,60 @@
-"""The first-order linear recurrence h_t = a_t h_{t-1} + b_t, real or complex."""
+"""The first-order linear recurrence, real or complex."""
 
 import torch
 from torch import Tensor
 
+from kernels.checks import check_not_empty, check_shape
 from kernels.dispatch import choose
-from kernels.linear_recurrence.blocked import linear_recurrence_blocked
+from kernels.linear_recurrence.flops import linear_recurrence_flops
+from kernels.linear_recurrence.op import linear_recurrence_torch
 from kernels.linear_recurrence.reference import linear_recurrence_reference
 
-__all__ = ["linear_recurrence"]
+__all__ = ["linear_recurrence", "linear_recurrence_flops"]
 
-_FORMS = {"torch": linear_recurrence_blocked, "reference": linear_recurrence_reference}
+_FORMS = {"torch": linear_recurrence_torch, "reference": linear_recurrence_reference}
 
 
 def linear_recurrence(
     a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """Every state of h_t = a_t h_{t-1} + b_t, elementwise in D, over dim 1.
+    """Every state of a recurrence that is elementwise in D.
 
-    A document starts where a_t = 0; a_t = 1 with b_t = 0 leaves the state as it is. Memory is
-    linear in T: the backward pass, g_t = dL/dh_t + conj(a_{t+1}) g_{t+1}, keeps `a` and the result.
-    Half precision is lifted to fp32, and stays there: a state is never held in half precision.
+        h_t = a_t h_{t-1} + b_t
 
-    |a| above 1 is allowed while the product of any sqrt(T) neighbours stays finite.
-
-    FLOPs are counted as 2 per element where everything is real and 8 where it is complex.
+    Source: Blelloch 1990, "Prefix Sums and Their Applications", section 1.4; its gradient is the
+    same recurrence backwards, g_t = dL/dh_t + conj(a_{t+1}) g_{t+1} (Martin and Cundy 2018,
+    section 2). Memory is linear in T: a and the states are kept. A document starts where a_t = 0,
+    and a_t = 1 with b_t = 0 leaves the state as it is. |a| may exceed 1 as long as the product of
+    any sqrt(T) neighbours is finite.
 
     Args:
         a: (B, T, D), or a shape that broadcasts to it, such as (D,) for a constant.
         b: (B, T, D).
-        h0: (B, D), the state before the first step; zero if None.
-        backend: "auto", "torch" (blocks, no Python step per position) or "reference" (the loop).
+        h0: (B, D) state before the first step; zeros by default.
+        backend: "auto", "torch" (blocks of sqrt(T) steps side by side) or "reference".
 
     Returns:
-        h (B, T, D) in the type that a, b and h0 promote to; the last state is h[:, -1].
+        h (B, T, D) in the dtype that a, b, h0 and float32 promote to: no state is kept in half
+        precision. The final state is h[:, -1].
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: shapes do not fit, or T = 0.
         BackendError: no such backend.
-
-    Source: Blelloch, "Prefix Sums and Their Applications", section 1.4 (first-order recurrences);
-    the gradient is the reverse recurrence of Martin and Cundy, "Parallelizing Linear Recurrent
-    Neural Nets Over Sequence Length", section 2.
     """
-    if b.ndim != 3:
-        raise ValueError(f"linear_recurrence: b has shape {tuple(b.shape)}, expected (B, T, D)")
-    batch, _, width = b.shape
+    check_shape("linear_recurrence", "b", b, "(B, T, D)", None, None, None)
+    check_not_empty("linear_recurrence", "b", b, 1)
     try:
         a = a.expand(b.shape)
     except RuntimeError:
         raise ValueError(
-            f"linear_recurrence: a has shape {tuple(a.shape)}, expected one that broadcasts to "
+            f"linear_recurrence: a has shape {tuple(a.shape)}; expected one that broadcasts to "
             f"b's {tuple(b.shape)}"
         ) from None
-    if h0 is not None and h0.shape != (batch, width):
-        raise ValueError(
-            f"linear_recurrence: h0 has shape {tuple(h0.shape)}, expected {(batch, width)}"
-        )
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    if h0 is not None:
-        dtype = torch.promote_types(dtype, h0.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    start = b.new_zeros(batch, width, dtype=dtype) if h0 is None else h0.to(dtype)
-    return choose("linear_recurrence", backend, _FORMS, b.device)(a.to(dtype), b.to(dtype), start)
+    batch, _, width = b.shape
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    if h0 is None:
+        h0 = b.new_zeros(batch, width)
+    check_shape("linear_recurrence", "h0", h0, "(B, D)", batch, width)
+    dtype = torch.promote_types(dtype, h0.dtype)
+    form = choose("linear_recurrence", backend, _FORMS, b.device)
+    return form(a.to(dtype), b.to(dtype), h0.to(dtype))

@@ -9,14 +9,46 @@ B batch, T time, D width, C block length.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 _LOOP_BELOW = 16  # positions for which one plain loop is the faster form
+
+
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    """a, b (B, T, D), h0 (B, D), all of one type -> every state (B, T, D)."""
+    out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    length = b.shape[1]
+    if length < _LOOP_BELOW:
+        _sweep(a, b, h0, out)
+        return out
+    blocks, size = _split(length)
+    whole = blocks * size
+    a_blocks, b_blocks, out_blocks = (
+        x[:, :whole].unflatten(1, (blocks, size)) for x in (a, b, out)
+    )
+    entering = _carried(*_summary(a_blocks, b_blocks), h0, range(blocks))
+    _sweep(a_blocks, b_blocks, entering, out_blocks)
+    _sweep(a[:, whole:], b[:, whole:], out[:, whole - 1], out[:, whole:])
+    return out
+
+
+def reverse(a: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients to b (B, T, D) and h0 (B, D) from that of every state, `grad` (B, T, D)."""
+    out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    length = grad.shape[1]
+    nothing = grad.new_zeros(grad.shape[0], grad.shape[2])
+    if length < _LOOP_BELOW:
+        return out, _sweep_back(a, grad, nothing, out)
+    blocks, size = _split(length)
+    whole = blocks * size
+    tail = _sweep_back(a[:, whole:], grad[:, whole:], nothing, out[:, whole:])
+    a_blocks, grad_blocks, out_blocks = (
+        x[:, :whole].unflatten(1, (blocks, size)) for x in (a, grad, out)
+    )
+    entering = _carried(*_summary_back(a_blocks, grad_blocks), tail, range(blocks)[::-1])
+    return out, _sweep_back(a_blocks, grad_blocks, entering, out_blocks)[:, 0]
 
 
 def _sweep(a: Tensor, b: Tensor, h0: Tensor, out: Tensor) -> Tensor:
@@ -68,89 +100,5 @@ def _carried(product: Tensor, local: Tensor, start: Tensor, blocks: range) -> Te
 
 def _split(length: int) -> tuple[int, int]:
     """(number of blocks, block length); what they leave over is less than one block."""
-    size = max(1, math.isqrt(length))
+    size = math.isqrt(length)
     return length // size, size
-
-
-def _forward(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-    length = b.shape[1]
-    if length < _LOOP_BELOW:
-        _sweep(a, b, h0, out)
-        return out
-    blocks, size = _split(length)
-    whole = blocks * size
-    a_blocks, b_blocks, out_blocks = (
-        x[:, :whole].unflatten(1, (blocks, size)) for x in (a, b, out)
-    )
-    entering = _carried(*_summary(a_blocks, b_blocks), h0, range(blocks))
-    _sweep(a_blocks, b_blocks, entering, out_blocks)
-    _sweep(a[:, whole:], b[:, whole:], out[:, whole - 1], out[:, whole:])
-    return out
-
-
-def _reverse(a: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """g (B, T, D), the gradient to every b_t, and m_1 (B, D), the gradient to h0."""
-    out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    length = grad.shape[1]
-    nothing = grad.new_zeros(grad.shape[0], grad.shape[2])
-    if length < _LOOP_BELOW:
-        return out, _sweep_back(a, grad, nothing, out)
-    blocks, size = _split(length)
-    whole = blocks * size
-    tail = _sweep_back(a[:, whole:], grad[:, whole:], nothing, out[:, whole:])
-    a_blocks, grad_blocks, out_blocks = (
-        x[:, :whole].unflatten(1, (blocks, size)) for x in (a, grad, out)
-    )
-    entering = _carried(*_summary_back(a_blocks, grad_blocks), tail, range(blocks)[::-1])
-    return out, _sweep_back(a_blocks, grad_blocks, entering, out_blocks)[:, 0]
-
-
-@torch.library.custom_op("seqmix::linear_recurrence", mutates_args=())
-def linear_recurrence_blocked(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """a, b (B, T, D), h0 (B, D), all of one type -> every state (B, T, D)."""
-    return _forward(a, b, h0)
-
-
-@torch.library.custom_op("seqmix::linear_recurrence_backward", mutates_args=())
-def _backward(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to a (B, T, D), b (B, T, D) and h0 (B, D)."""
-    grad_b, grad_h0 = _reverse(a, grad)
-    grad_a = torch.empty_like(grad_b)
-    torch.mul(grad_b[:, :1], h0[:, None].conj(), out=grad_a[:, :1])
-    torch.mul(grad_b[:, 1:], h[:, :-1].conj(), out=grad_a[:, 1:])
-    return grad_a, grad_b, grad_h0.clone()
-
-
-@linear_recurrence_blocked.register_fake
-def _(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    return b.new_empty(b.shape)
-
-
-@_backward.register_fake
-def _(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return grad.new_empty(grad.shape), grad.new_empty(grad.shape), h0.new_empty(h0.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    a, _, h0 = inputs
-    ctx.save_for_backward(a, output, h0)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.seqmix.linear_recurrence_backward(grad, *ctx.saved_tensors)
-
-
-linear_recurrence_blocked.register_autograd(_differentiate, setup_context=_save)
-
-
-def _formula(real: int, complex_: int) -> Callable[..., int]:
-    def flops(first: Tensor, *_: Any, **__: Any) -> int:
-        return first.numel() * (complex_ if first.is_complex() else real)
-
-    return flops
-
-
-# one multiplication and one addition per element; complex ones take 6 and 2
-register_flop_formula(torch.ops.seqmix.linear_recurrence, get_raw=True)(_formula(2, 8))
-register_flop_formula(torch.ops.seqmix.linear_recurrence_backward, get_raw=True)(_formula(3, 14))

@@ -1,0 +1,66 @@
+"""The recurrence as torch operators: seqmix::linear_recurrence and its gradient.
+
+Being operators, they are counted by FlopCounterMode through their formulas and are not traced by
+torch.compile. B batch, T time, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.linear_recurrence.blocked import forward, reverse
+from kernels.linear_recurrence.flops import linear_recurrence_flops
+from kernels.precision import outside_autocast
+
+
+@custom_op("seqmix::linear_recurrence", mutates_args=())
+def linear_recurrence_torch(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    """a, b (B, T, D), h0 (B, D), all of one type -> every state (B, T, D)."""
+    return outside_autocast(forward)(a, b, h0)
+
+
+@linear_recurrence_torch.register_fake
+def _(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    return b.new_empty(b.shape)
+
+
+@custom_op("seqmix::linear_recurrence_backward", mutates_args=())
+def _backward(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to a, b (B, T, D) and h0 (B, D): g, g_t conj(h_{t-1}) and conj(a_1) g_1."""
+    grad_b, grad_h0 = outside_autocast(reverse)(a, grad)
+    grad_a = torch.empty_like(grad_b)
+    torch.mul(grad_b[:, :1], h0[:, None].conj(), out=grad_a[:, :1])
+    torch.mul(grad_b[:, 1:], h[:, :-1].conj(), out=grad_a[:, 1:])
+    return grad_a, grad_b, grad_h0.contiguous()
+
+
+@_backward.register_fake
+def _(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape), h0.new_empty(h0.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    a, _, h0 = inputs
+    ctx.save_for_backward(a, output, h0)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(grad, *ctx.saved_tensors)
+
+
+linear_recurrence_torch.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.seqmix.linear_recurrence, get_raw=True)
+def _(a: Tensor, *_: Any, **__: Any) -> int:
+    return linear_recurrence_flops(*a.shape, is_complex=a.is_complex())
+
+
+@register_flop_formula(torch.ops.seqmix.linear_recurrence_backward, get_raw=True)
+def _(grad: Tensor, *_: Any, **__: Any) -> int:
+    # The reverse recurrence, and the product that is the gradient of a.
+    product = grad.numel() * (6 if grad.is_complex() else 1)
+    return linear_recurrence_flops(*grad.shape, is_complex=grad.is_complex()) + product
