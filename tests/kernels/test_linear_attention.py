@@ -64,14 +64,16 @@ def test_forms_agree(T, kind, dtype):
         assert_forms_agree(form, given, dtype, valid)
 
 
-@pytest.mark.parametrize("T", [1, 3, CHUNK])
-def test_without_gradients_the_same(T):
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("T", [1, 2, 3, CHUNK])
+def test_without_gradients_the_same(T, normalize):
     """Decoding takes other code than training for a few tokens."""
-    for kind in (None, "padded"):
-        given, segments = inputs(T), documents(3, T, kind)
-        trained = flat(*[x.requires_grad_() for x in given], segments=segments)
+    for kind, count in ((None, 5), (None, 3), ("padded", 5)):
+        given = inputs(T)[:count]
+        options = {"segments": documents(3, T, kind), "normalize": normalize, "scale": 0.7}
+        trained = flat(*[x.requires_grad_() for x in given], **options)
         with torch.no_grad():
-            decoded = flat(*given, segments=segments)
+            decoded = flat(*given, **options)
         for a, b in zip(decoded, trained, strict=True):
             assert_close("without gradients", a, b.detach(), TOLERANCE[torch.float64])
 
@@ -201,8 +203,9 @@ def test_bfloat16_stays_finite():
         assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), given))
 
 
-def test_the_given_state_stays_and_repeats_are_equal():
-    given = inputs(CHUNK + 3)
+@pytest.mark.parametrize("T", [1, 3, CHUNK + 3])
+def test_the_given_state_stays_and_repeats_are_equal(T):
+    given = inputs(T)
     before = [x.clone() for x in given]
     first, second = flat(*given), flat(*given)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
