@@ -32,7 +32,8 @@ def linear_attention(
 
     with q already multiplied by `scale`, and y_t = q_t S_t where `normalize` is False.
     Source: Katharopoulos et al. 2020 (Transformers are RNNs), equations 10-12, for the
-    recurrence; sums and states are float32 (float64 for float64 inputs) whatever the inputs.
+    recurrence; states and sums over chunks are float32 (float64 for float64 inputs) whatever the
+    inputs, products inside a chunk 16-bit where the inputs are and the machine is good at it.
 
     Args:
         q, k: (B, T, H, K), after the feature map. Normalised outputs want features >= 0.

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import precision
 from kernels.dispatch import BackendError
 from kernels.linear_attention import CHUNK, linear_attention, linear_attention_flops
 from tests.kernels.compare import (
@@ -62,6 +63,20 @@ def test_forms_agree(T, kind, dtype):
             return flat(*x, segments=segments, backend=backend, **options)
 
         assert_forms_agree(form, given, dtype, valid)
+
+
+@pytest.mark.parametrize("kind", [None, "padded"])
+@pytest.mark.parametrize("T", [37, 2 * CHUNK + 5])
+def test_products_in_bfloat16(monkeypatch, T, kind):
+    """As on a CPU with AMX or a GPU; elsewhere bfloat16 inputs are widened."""
+    monkeypatch.setattr(precision, "_has_amx", lambda: True)
+    segments = documents(3, T, kind)
+
+    def form(backend, *x):
+        return flat(*x, segments=segments, backend=backend)
+
+    valid = None if segments is None else segments >= 0
+    assert_forms_agree(form, inputs(T, K=16, V=16), torch.bfloat16, valid)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
