@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.selective_scan import chunked
 from kernels.selective_scan.flops import selective_scan_backward_flops, selective_scan_flops
-from kernels.selective_scan.reference import selective_scan_reference
+from kernels.selective_scan.step import step
 from kernels.selective_scan.tiles import STEPS, Scan
 
 
@@ -33,9 +33,6 @@ def _forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
-    if u.shape[2] == 1 and not keep_states:  # one step is the recurrence itself
-        y, last = selective_scan_reference(*arguments)
-        return torch.empty_like(u).copy_(y), last.contiguous(), last.new_empty(0)
     return chunked.forward(Scan(*arguments), keep_states)
 
 
@@ -120,6 +117,29 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+@torch.library.custom_op("seqmix::selective_scan_step", mutates_args=())
+def _step(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return step(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
+
+
+@_step.register_fake
+def _(u, delta, A, *others):
+    return u.new_empty(u.shape), u.new_empty(*u.shape[:2], A.shape[1], dtype=accumulation_dtype(u))
+
+
+@register_flop_formula(torch.ops.seqmix.selective_scan_step)
 @register_flop_formula(torch.ops.seqmix.selective_scan)
 def _(u_shape: Any, delta_shape: Any, A_shape: Any, *_: Any, **__: Any) -> int:
     batch, channels, length = u_shape
@@ -145,12 +165,13 @@ def selective_scan_torch(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """selective_scan_reference, by tiles; keeps states only for a backward pass."""
+    """selective_scan_reference by tiles, or as a single step where there is no gradient to keep."""
     if B.ndim == 3:
         B, C = B[:, None], C[:, None]
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    y, last, _ = _forward(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments, keep
-    )
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
+    if u.shape[2] == 1 and not grad:
+        return _step(*arguments)
+    y, last, _ = _forward(*arguments, grad)
     return y, last

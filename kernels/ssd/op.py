@@ -12,8 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.ssd import chunked
 from kernels.ssd.flops import ssd_backward_flops, ssd_flops
-from kernels.ssd.reference import ssd_reference
 from kernels.ssd.spans import Arguments
+from kernels.ssd.step import step
 
 
 @torch.library.custom_op("seqmix::ssd", mutates_args=())
@@ -32,9 +32,6 @@ def _forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
-    if x.shape[1] == 1 and not keep_states:  # one step is the recurrence itself
-        y, last = ssd_reference(*arguments)
-        return torch.empty_like(x).copy_(y), last.contiguous(), last.new_empty(0)
     return chunked.forward(Arguments(*arguments), keep_states)
 
 
@@ -114,6 +111,32 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+@torch.library.custom_op("seqmix::ssd_step", mutates_args=())
+def _step(
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_states: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return step(x, dt, log_decay, B, C, D, z, initial_states)
+
+
+@_step.register_fake
+def _(x, dt, log_decay, B, *others):
+    (batch, _, H, P), N = x.shape, B.shape[3]
+    return x.new_empty(x.shape), x.new_empty(batch, H, P, N, dtype=accumulation_dtype(x))
+
+
+@register_flop_formula(torch.ops.seqmix.ssd_step)
+def _(x_shape: Any, dt_shape: Any, decay_shape: Any, B_shape: Any, *_: Any, **__: Any) -> int:
+    (batch, _, H, P), (G, N) = x_shape, B_shape[2:]
+    return ssd_flops(batch, 1, H, P, N, G)
+
+
 @register_flop_formula(torch.ops.seqmix.ssd)
 def _(x_shape: Any, dt_shape: Any, decay_shape: Any, B_shape: Any, *rest: Any, **_: Any) -> int:
     (batch, length, H, P), (G, N), chunk_size = x_shape, B_shape[2:], rest[-2]
@@ -151,8 +174,10 @@ def ssd_torch(
     documents: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """ssd_reference, by chunks; keeps states only for a backward pass."""
+    """ssd_reference by chunks, or as a single step where there is no gradient to keep."""
     given = (x, dt, log_decay, B, C, D, z, initial_states)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    y, last, _ = _forward(x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size, keep)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if x.shape[1] == 1 and not grad:
+        return _step(*given)
+    y, last, _ = _forward(*given, documents, chunk_size, grad)
     return y, last
