@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layers.mixer import Mixer
 from layers.norm import RMSNorm
 from layers.projection import Dense, Projection, projection_flops
-from layers.rotary import rotate
+from layers.rotary import rotate, rotation
 
 
 class MultiHeadMixer(Mixer):
@@ -72,8 +72,8 @@ class MultiHeadMixer(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q = rotate(q, positions, self.rotary_base)
-            k = rotate(k, positions, self.rotary_base)
+            by = rotation(positions, self.key_dim, self.rotary_base, q.dtype)
+            q, k = rotate(q, by), rotate(k, by)
         return q, k, v
 
     def merge(self, y: Tensor) -> Tensor:
