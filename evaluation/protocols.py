@@ -14,7 +14,6 @@ predicting ids[i + 1], i = 0..n-1; ids[0], which starts the document, is read an
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,8 @@ from layers.state import select_batch
 from models.generation import evaluation_mode
 from models.language_model import LanguageModel
 from tasks.base import IGNORED, Document
+
+FILLED = 0.75  # of a batch's longest row that every row has at least: a bound on padding
 
 
 class Span(NamedTuple):
@@ -76,10 +77,11 @@ def score_windowed(
     if step > size:
         raise ValueError(f"stride={step}; allowed: up to the window, {size}")
     spans = [span for d, n in enumerate(lengths) for span in windows(d, n, size, step)]
-    spans.sort(key=lambda span: -span.length)  # little padding, and memory peaks in the first pass
+    spans.sort(key=lambda span: -span.length)  # memory peaks in the first pass
+    filled = 1.0 if model.causal == "leaky" else FILLED
     sums = torch.zeros(len(lengths), dtype=torch.float64)
     with evaluation_mode(model):
-        for rows in _batches(spans, batch_size, mixed=model.causal != "leaky"):
+        for rows in _batches(spans, batch_size, filled):
             batch = _collate(documents, rows)
             h, _ = model.hidden(batch.inputs.to(model.head_weight.device))
             _count(sums, model, h, batch, progress)
@@ -159,12 +161,15 @@ def _carry(
         _count(sums, model, h, batch, progress)
 
 
-def _batches(spans: Sequence[Span], batch_size: int, mixed: bool) -> Iterator[list[Span]]:
-    """Spans in batches; of one length each unless they may be mixed. `spans` is sorted by it."""
-    for _, group in groupby(spans, key=lambda span: 0 if mixed else span.length):
-        alike = list(group)
-        for first in range(0, len(alike), batch_size):
-            yield alike[first : first + batch_size]
+def _batches(spans: Sequence[Span], batch_size: int, filled: float) -> Iterator[list[Span]]:
+    """`spans`, the longest first, in batches whose rows fill this share of their longest."""
+    batch: list[Span] = []
+    for span in spans:
+        if batch and (len(batch) == batch_size or span.length < filled * batch[0].length):
+            yield batch
+            batch = []
+        batch.append(span)
+    yield batch
 
 
 def _collate(documents: Sequence[Document], rows: Sequence[Span]) -> _Batch:

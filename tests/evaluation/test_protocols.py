@@ -133,8 +133,9 @@ def test_a_leaky_model_never_sees_padding(monkeypatch):
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda x, *a, **k: seen.append(x) or hidden(x, *a, **k))
     texts = [Document(np.arange(1, n + 2), n, n, "") for n in (3, 9, 3, 20)]
-    leaky = score_windowed(model, texts, window=8, stride=8)
-    assert leaky.nll == pytest.approx(score_carried(model, texts, chunk=64).nll, rel=1e-1)
+    score_windowed(model, texts, window=8, stride=8)
+    score_carried(model, texts, chunk=6)
+    assert len(seen) > 8
     assert all((x > 0).all() for x in seen)  # padding would be id 0
 
 
