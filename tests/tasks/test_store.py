@@ -86,7 +86,7 @@ def test_two_processes_at_once_build_once(tmp_path):
         "import pathlib, time\n"
         "from tests.tasks.corpora import small_task\n"
         f"cache = pathlib.Path({str(tmp_path / 'cache')!r})\n"
-        "lines = {s: ['word number %d\\n' % i for i in range(20_000)] for s in"
+        "lines = {s: ['word number %d\\n' % i for i in range(4_000)] for s in"
         " ('train', 'validation', 'test')}\n"
         "task = small_task(cache, lines, tokenizer='bpe')\n"
         "print('ready', flush=True)\n"
