@@ -2,8 +2,8 @@
 
 The first sweep finds what every block does to a state from outside, h -> product * h + local; a
 short loop over the blocks turns that into the state before each block; the second sweep runs the
-recurrence itself from there. About 3 sqrt(T) tensor operations replace T, every position is
-computed as the plain loop would compute it, and only products inside a block are ever formed.
+recurrence itself from there. Some 3 sqrt(T) tensor operations replace T, and only products inside
+a block are ever formed.
 
 B batch, T time, D width, C block length.
 """
