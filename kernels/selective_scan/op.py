@@ -139,8 +139,7 @@ def _(u, delta, A, *others):
     return u.new_empty(u.shape), u.new_empty(*u.shape[:2], A.shape[1], dtype=accumulation_dtype(u))
 
 
-@register_flop_formula(torch.ops.seqmix.selective_scan_step)
-@register_flop_formula(torch.ops.seqmix.selective_scan)
+@register_flop_formula([torch.ops.seqmix.selective_scan, torch.ops.seqmix.selective_scan_step])
 def _(u_shape: Any, delta_shape: Any, A_shape: Any, *_: Any, **__: Any) -> int:
     batch, channels, length = u_shape
     return selective_scan_flops(batch, length, channels, A_shape[1])

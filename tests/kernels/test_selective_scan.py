@@ -273,27 +273,32 @@ def test_memory_does_not_grow_with_the_state():
     assert per_step < 0.5 * D * N * 4
 
 
-def test_flops():
-    """The operator is counted by its formula, forward and backward, under the counter alone."""
-    args = arguments(40)
+@pytest.mark.parametrize("length", [1, 40])
+def test_flops(length):
+    """The operators are counted by their formulas, forward, backward, and as a single step."""
+    args, elements = arguments(length), 2 * length * 6 * 4
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        selective_scan(**args)
+    assert counter.get_total_flops() == selective_scan_flops(2, length, 6, 4) == 7 * elements
     with FlopCounterMode(display=False) as counter:
         y = selective_scan(**args)
-    assert counter.get_total_flops() == selective_scan_flops(2, 40, 6, 4) == 7 * 2 * 40 * 6 * 4
+    assert counter.get_total_flops() == 7 * elements
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 20 * 2 * 40 * 6 * 4
+    assert counter.get_total_flops() == 20 * elements
 
 
-@pytest.mark.parametrize(("length", "keep_states"), [(1, False), (5, True)])
-def test_operator_is_well_formed(length, keep_states):
+@pytest.mark.parametrize("length", [1, 5])
+def test_operators_are_well_formed(length):
     """Schema, fake form, autograd registration and compilation, by torch's own check."""
     args = arguments(length, channels=3, d_state=2)
-    if not keep_states:
-        args = {n: t.detach() for n, t in args.items() if isinstance(t, torch.Tensor)}
-        args["initial_state"] = args["initial_state"].mT.contiguous().mT  # any strides
     order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    given = (*(args[n] for n in order), True, args["initial_state"], None, keep_states)
-    torch.library.opcheck(torch.ops.seqmix.selective_scan.default, given)
+    given = (*(args[n] for n in order), True, args["initial_state"], None)
+    torch.library.opcheck(torch.ops.seqmix.selective_scan.default, (*given, True))
+    if length == 1:
+        held = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
+        held[-2] = held[-2].mT.contiguous().mT  # a state of any strides
+        torch.library.opcheck(torch.ops.seqmix.selective_scan_step.default, tuple(held))
 
 
 @pytest.mark.parametrize(

@@ -380,17 +380,17 @@ def test_flops(L, gated):
     assert counter.get_total_flops() == ssd_backward_flops(*sizes, gated=gated)
 
 
-@pytest.mark.parametrize(("length", "keep_states"), [(1, False), (5, True)])
-def test_operator_is_well_formed(length, keep_states):
+@pytest.mark.parametrize("length", [1, 5])
+def test_operators_are_well_formed(length):
     """Schema, fake form, autograd registration and compilation, by torch's own check."""
     args = arguments(length, heads=2, groups=2)
     args["decay"] = (-args["dt"].detach().abs()).requires_grad_()
-    if not keep_states:
-        args = {n: t.detach() for n, t in args.items() if isinstance(t, torch.Tensor)}
-        args["initial_states"] = args["initial_states"].mT.contiguous().mT  # any strides
-    order = ("x", "dt", "decay", "B", "C", "D", "z", "initial_states")
-    given = (*(args[n] for n in order), None, 2, keep_states)
-    torch.library.opcheck(torch.ops.seqmix.ssd.default, given)
+    given = [args[n] for n in ("x", "dt", "decay", "B", "C", "D", "z", "initial_states")]
+    torch.library.opcheck(torch.ops.seqmix.ssd.default, (*given, None, 2, True))
+    if length == 1:
+        held = [t.detach() for t in given]
+        held[-1] = held[-1].mT.contiguous().mT  # a state of any strides
+        torch.library.opcheck(torch.ops.seqmix.ssd_step.default, tuple(held))
 
 
 @pytest.mark.parametrize(
