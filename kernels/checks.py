@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: one line naming the argument, its value and what fits."""
+"""Argument checks of the operators: one line naming the argument, its value and what fits."""
 
 import torch
 from torch import Tensor

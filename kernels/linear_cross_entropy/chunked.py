@@ -59,7 +59,7 @@ def with_target(targets: Tensor, vocabulary: int) -> Tensor:
         if low < 0 or high >= vocabulary:
             worst = low if low < 0 else high
             raise ValueError(
-                f"linear_cross_entropy: targets contains {worst}; "
+                f"targets contains {worst}; "
                 f"expected 0 to {vocabulary - 1}, or {IGNORE} for no target"
             )
     return kept
