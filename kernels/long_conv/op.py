@@ -102,4 +102,5 @@ def _(u: Shape, k: Shape, segments: Any, past: int, transform: str, *_: Any, **_
 
 @register_flop_formula(torch.ops.seqmix.long_conv_backward)
 def _(grad: Shape, u: Shape, k: Shape, segments: Any, transform: str, *_: Any, **__: Any) -> int:
-    return long_conv_backward_flops(*u, k[1], transform)
+    B, S, D = u
+    return long_conv_backward_flops(B, S, D, k[1], transform)
