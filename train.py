@@ -10,34 +10,34 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from evaluation import Settings, evaluate, print_table
-from models.build import build_model
+from records.process import is_first_process
 from schema.entry import command
 from tasks.base import Task
 from training.callbacks.signals import StopSignals
 from training.data import loader_of
 from training.errors import TrainingError
 from training.fit import fit
-from training.module import Training
+from training.module import build_module
 from training.resume import open_run
-from training.run import describe, is_first_process, model_facts, open_folder, recorded, rehearse
+from training.run import describe, model_facts, open_folder, recorded, rehearse
 from training.scores import CRITERIA, scores
 from training.trainer import set_up_process
 
 VALIDATION = Settings(protocol="windowed", samples=0, cost=False)
 TEST = Settings(samples=0, cost=False)  # eval.py has the rest
+SILENT = Console(quiet=True)
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Train the model that `cfg` describes and score it on the test split.
 
-    With cfg.resume, go on with that run instead; `overrides` is then the command line, which may
-    change a few keys of the run's own configuration.
+    With cfg.resume, go on with that run; `overrides`, key=value each, may change a few of its keys.
 
     Returns:
         The scores of the test split, see training.scores.
 
     Raises:
-        ConfigError: something cannot be as it is asked for; nothing was written.
+        ConfigError: something cannot be as asked for; nothing was written.
         TrainingError: the run cannot go on.
         SystemExit: a signal stopped the run.
     """
@@ -50,23 +50,15 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
             return resumed.scores
     set_up_process(cfg)
     task: Task = instantiate(cfg.task)
-    task.check()
     task.prepare()
-    module = Training(
-        build_model(cfg, task.vocab_size),
-        objective=instantiate(cfg.objective),
-        optimizer=instantiate(cfg.optimizer),
-        schedule=instantiate(cfg.scheduler),
-        compile=cfg.compile,
-    )
+    module = build_module(cfg, task.vocab_size)
     loader = loader_of(task, cfg, step=resumed.step if resumed else 0)
     facts = model_facts(module.model, length=rehearse(module, loader))
     folder = open_folder(cfg, resumed, task, facts)
     console.print(describe(module.model, facts))
 
     def validate() -> dict[str, float]:
-        silent = Console(quiet=True)
-        return scores(evaluate(module.model, task, "validation", VALIDATION, console=silent))
+        return scores(evaluate(module.model, task, "validation", VALIDATION, console=SILENT))
 
     with StopSignals() as signals, recorded(folder, resumed, console.print) as record:
         fitted = fit(

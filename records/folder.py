@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from records.atomic import write_json, write_text
 from records.checkpoints import CheckpointStore
 from records.metrics import MetricsFile, read_metrics
+from records.process import is_first_process
 from schema.errors import ConfigError
 
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -159,11 +160,13 @@ class RunFolder:
 
 
 def check_free(path: str | Path) -> None:
-    """Return when a new run may be put at `path`.
+    """Return when a new run may be put at `path`, by the first of its processes.
 
     Raises:
         ConfigError: there is a run already, or a file.
     """
+    if not is_first_process():  # the first may have made it by now
+        return
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir={path} is a file; expected a folder that can be made")

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from records.process import rank
 from schema.errors import ConfigError
 from tasks.base import Task
 
@@ -129,7 +129,7 @@ def loader_of(task: Task, cfg: DictConfig, step: int) -> DataLoader:
         cfg.seed,
         shuffle=task.shuffle,
         start=step * settings.accumulate,
-        share=Share(rank_zero_only.rank or 0, settings.devices),
+        share=Share(rank(), settings.devices),
     )
     return train_loader(
         dataset,

@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from layers.report import Report
+from models.build import build_model
 from models.language_model import LanguageModel
 from training.objectives import Loss
 from training.optim import ParameterGroups
@@ -91,3 +94,14 @@ class Training(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def build_module(cfg: DictConfig, vocab_size: int) -> Training:
+    """The module that `cfg` describes, its model initialised from torch's global generator."""
+    return Training(
+        build_model(cfg, vocab_size),
+        objective=instantiate(cfg.objective),
+        optimizer=instantiate(cfg.optimizer),
+        schedule=instantiate(cfg.scheduler),
+        compile=cfg.compile,
+    )

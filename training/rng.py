@@ -14,7 +14,13 @@ def generator_states() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.array(keys)), position, has_gauss, cached),
+        "numpy": (
+            name,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -24,7 +30,7 @@ def set_generator_states(states: dict[str, Any]) -> None:
     """Put back what `generator_states` gave; devices that are not here any more are left out."""
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for device, state in enumerate(states["cuda"][:here]):

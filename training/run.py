@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
@@ -14,6 +13,7 @@ from layers.report import Report
 from models.language_model import LanguageModel
 from records.folder import RunFolder, new_path
 from records.machine import command, git_commit, machine, versions
+from records.process import is_first_process
 from schema.errors import ConfigError
 from tasks.base import Batch, Task
 from training.callbacks.signals import Interrupted
@@ -61,11 +61,6 @@ def describe(model: LanguageModel, facts: dict[str, Any]) -> str:
         f"{facts['flops_per_token']:,.0f} FLOPs per token forward, {facts['state_bytes']:,} bytes "
         f"of state\n{ParameterGroups.of(model).describe()}"
     )
-
-
-def is_first_process() -> bool:
-    """Whether this process writes and speaks for all that train together."""
-    return not rank_zero_only.rank
 
 
 def open_folder(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 import torch.utils.deterministic as deterministic_settings
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -38,10 +37,14 @@ def build_trainer(
     plugins: list[Any] = [VerifiedCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    # Deterministic algorithms would fill fresh memory with NaN, at every step, to find errors in
+    # operators; that is for tests.
+    deterministic_settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         precision=PRECISIONS[settings.precision],
+        deterministic=settings.deterministic,
         max_steps=settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
@@ -59,12 +62,8 @@ def build_trainer(
 
 
 def set_up_process(cfg: DictConfig) -> None:
-    """Seed every global generator, choose deterministic algorithms or the fastest ones, and keep
-    freed pages where that is asked for."""
+    """Seed every global generator, and keep freed pages where that is asked for."""
     seed_everything(cfg.seed, workers=True, verbose=False)
-    torch.use_deterministic_algorithms(cfg.trainer.deterministic)
-    # Filling fresh memory with NaN finds errors in operators and costs time at every step.
-    deterministic_settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if cfg.trainer.keep_pages:
         keep_freed_pages()
 
@@ -72,13 +71,15 @@ def set_up_process(cfg: DictConfig) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's announcements and expected warnings from the console."""
-    logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
             yield
         finally:
-            logger.setLevel(before)
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)

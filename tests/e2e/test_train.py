@@ -222,6 +222,21 @@ def test_two_processes_train_as_one_of_twice_the_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_resume_with_the_generators_of_each(tmp_path: Path) -> None:
+    common = (*SHORT, "trainer.devices=2", "scheduler.total_steps=10")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for arguments in (
+        (*common, f"run_dir={whole}"),
+        (*common, f"run_dir={parts}", "trainer.max_steps=6"),
+        (f"resume={parts}", "trainer.max_steps=10"),
+    ):
+        process = start(*arguments)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    assert losses(parts) == losses(whole)
+
+
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_point_that_diverged(tmp_path: Path) -> None:
     process = start("-m", *SHORT, "optimizer.lr=1e38,1e-3", f"hydra.sweep.dir={tmp_path}")
     output = process.communicate(timeout=300)[0]
