@@ -1,7 +1,7 @@
 """`python -m benchmarks.mixers` writes docs/mixers.md: every mixer's facts, from the code.
 
 Costs come from the mixers built at one model size; the last two columns come from running the
-contract suite and the tests that carry the mark `golden`, here and now.
+fast part of the contract suite and the tests that carry the mark `golden`, here and now.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main() -> int:
     options = parser.parse_args()
     outcomes = Outcomes(sorted(compose().mixers))
     tests = [str(ROOT / "tests" / room) for room in ("contract", "kernels", "layers")]
-    failed = pytest.main([*tests, "-m", "not gpu", "--rootdir", str(ROOT)], plugins=[outcomes])
+    failed = pytest.main([*tests, "-m", "not slow and not gpu", "--rootdir", str(ROOT)], plugins=[outcomes])
     text = page(options.model, rows(options.model, outcomes), outcomes.golden)
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(text, encoding="utf-8")

@@ -165,6 +165,7 @@ def test_padding_is_finite_even_without_eps():
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), given))
 
 
+@pytest.mark.golden("hedgehog_linear_attention", mixers=["hedgehog", "linear_attention"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_golden(backend):
     """Tolerance: both sides are float32."""

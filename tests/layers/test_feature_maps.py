@@ -36,6 +36,7 @@ def hedgehog(weight: torch.Tensor | None = None, f: int | None = None, **options
 W, W_SKIP = torch.from_numpy(HEDGEHOG["w"]), torch.from_numpy(HEDGEHOG["w_skip"])
 
 
+@pytest.mark.golden("hedgehog_feature_map", mixers=["hedgehog"])
 @pytest.mark.parametrize(
     ("expected", "x", "module"),
     [
@@ -139,6 +140,7 @@ def test_hedgehog_options_that_exclude_each_other(options, message):
         hedgehog(**options)
 
 
+@pytest.mark.golden("taylor_feature_map", mixers=["based", "jrt"])
 @pytest.mark.parametrize("f", [4, 16])
 def test_taylor_golden(f):
     x, y = (torch.from_numpy(TAYLOR[f"{name}_d{f}"]) for name in "xy")
@@ -158,6 +160,7 @@ def test_taylor_golden(f):
         assert (products >= 0.5).all()
 
 
+@pytest.mark.golden("taylor_feature_map", mixers=["based", "jrt"])
 def test_taylor_golden_with_another_scale():
     module = TaylorFeatureMap(8, scale_dim=32)
     x, phi = (torch.from_numpy(TAYLOR[f"{name}_d8_scale32"]) for name in ("x", "phi"))
