@@ -5,6 +5,9 @@ from kernels.causal_conv1d import causal_conv1d
 from kernels.dispatch import BackendError
 from kernels.linear_attention import linear_attention
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_nll
+from kernels.linear_recurrence import linear_recurrence
+from kernels.long_conv import long_conv
+from kernels.monarch import monarch, monarch_project
 from kernels.rms_norm import rms_norm
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
@@ -16,6 +19,10 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "linear_nll",
+    "linear_recurrence",
+    "long_conv",
+    "monarch",
+    "monarch_project",
     "rms_norm",
     "selective_scan",
     "ssd",
