@@ -4,11 +4,12 @@ B batch, T time, D model width, O order, L longest document, E embedding width o
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
 from layers.conv import ShortConv
-from layers.long_conv import Convolve, ImplicitFilter, LongConvMixer
+from layers.long_conv import Convolve, ImplicitFilter, LongConvMixer, check_beyond
 from layers.projection import Dense, Projection
 
 
@@ -22,12 +23,14 @@ class Hyena(LongConvMixer):
     definition 3.1 and algorithms 1 to 3, after its public standalone code. The state is all past
     inputs of the long convolutions: it is unbounded.
 
-    Differs from the public code: documents longer than max_len are refused, not cut.
+    Differs from the public code: documents longer than max_len are never cut: see `beyond`.
 
     Args:
         d_model: D.
         max_len: L. Positions are relative to it, and so is the reach of the windows: near the
             length of the training sequences it gives the paper's filters.
+        beyond: "refuse" documents longer than max_len, or "forget" what is max_len positions and
+            more behind an output, for which the filters have no taps.
         order: O, at least 2.
         conv_size: W.
         emb_dim: E.
@@ -51,6 +54,7 @@ class Hyena(LongConvMixer):
         d_model: int,
         *,
         max_len: int = 2048,
+        beyond: Literal["refuse", "forget"] = "refuse",
         order: int = 2,
         conv_size: int = 3,
         emb_dim: int = 33,
@@ -67,6 +71,8 @@ class Hyena(LongConvMixer):
                 "expected at least 1, 2 and 1"
             )
         self.d_model, self.max_len, self.backend = d_model, max_len, backend
+        check_beyond(beyond)
+        self.beyond = beyond
         self.num_convs = order - 1
         width = (order + 1) * d_model
         self.in_proj = projection(d_model, width, True)

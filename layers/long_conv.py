@@ -26,6 +26,12 @@ from layers.segments import NO_DOCUMENT, Place, belongs, keep_rows, place
 Convolve = Callable[[Tensor], Tensor]
 
 
+def check_beyond(beyond: str) -> None:
+    """Raise ValueError unless `beyond` is a choice."""
+    if beyond not in ("refuse", "forget"):
+        raise ValueError(f"beyond={beyond!r}: allowed: refuse, forget")
+
+
 class ImplicitFilter(nn.Module):
     """Long filters as a function of the position, under a window that decays.
 
@@ -153,6 +159,7 @@ class LongConvMixer(Mixer):
     state_type = LongConvState
     num_convs: int  # R
     max_len: int  # L
+    beyond: Literal["refuse", "forget"]  # what becomes of documents longer than L
     transform: Literal["fft", "monarch"] = "fft"
     backend: str
     in_proj: nn.Module
@@ -183,12 +190,13 @@ class LongConvMixer(Mixer):
         """(B, T, D) -> (B, T, D) under the mixer contract.
 
         Raises:
-            ValueError: a document becomes longer than max_len, too.
+            ValueError: also where a document becomes longer than max_len, unless beyond="forget".
         """
         self.check_input(x, state, segments)
         where = place(x, state, segments)
         reach = x.shape[1] + (0 if state is None else state.filled)
-        self._check_length(reach if segments is None else int(where.positions.max()) + 1)
+        if self.beyond == "refuse":
+            self._check_length(reach if segments is None else int(where.positions.max()) + 1)
         kept = self._taps(min(reach, self.max_len), state)
         skips = torch.cat([f.bias for f in self.filters()]).split(self.d_model)
         histories = self._histories(state, where)
@@ -221,7 +229,7 @@ class LongConvMixer(Mixer):
         if reach > self.max_len:
             raise ValueError(
                 f"{type(self).__name__}: a document of {reach} positions; its filters have "
-                f"max_len={self.max_len}"
+                f"max_len={self.max_len}; beyond=forget lets it forget what is further back"
             )
 
     def _taps(self, needed: int, state: LongConvState | None) -> _Taps:
@@ -291,7 +299,8 @@ class LongConvMixer(Mixer):
         """Projections, both kinds of convolutions and the filters."""
         tokens = batch_size * length
         dense = projection_flops(self.in_proj, tokens) + projection_flops(self.out_proj, tokens)
-        drawn = sum(f.flops(length) for f in self.filters())
-        one = long_conv_flops(batch_size, length, self.d_model, length, transform=self.transform)
+        taps = min(length, self.max_len)
+        drawn = sum(f.flops(taps) for f in self.filters())
+        one = long_conv_flops(batch_size, length, self.d_model, taps, transform=self.transform)
         short = self.short_filter.flops(batch_size, length)
         return dense + drawn + short + self.num_convs * one

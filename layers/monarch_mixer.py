@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from layers.conv import ShortConv
-from layers.long_conv import Convolve, ImplicitFilter, LongConvMixer
+from layers.long_conv import Convolve, ImplicitFilter, LongConvMixer, check_beyond
 from layers.projection import Dense, Projection
 
 
@@ -30,7 +30,7 @@ class MonarchMixer(LongConvMixer):
 
     Args:
         d_model: D.
-        max_len: L; see layers.hyena.
+        max_len, beyond: L, and what becomes of longer documents; see layers.hyena.
         residual: the second term of z, a long convolution of the layer's own input.
         transform: "monarch", or "fft": the same map, and faster where matrix products are not
             very much faster than memory, as on most CPUs.
@@ -56,6 +56,7 @@ class MonarchMixer(LongConvMixer):
         d_model: int,
         *,
         max_len: int = 2048,
+        beyond: Literal["refuse", "forget"] = "refuse",
         residual: bool = True,
         transform: Literal["monarch", "fft"] = "monarch",
         conv_size: int = 3,
@@ -72,6 +73,8 @@ class MonarchMixer(LongConvMixer):
         if transform not in ("monarch", "fft"):
             raise ValueError(f"transform={transform!r}: allowed: monarch, fft")
         self.d_model, self.max_len, self.backend = d_model, max_len, backend
+        check_beyond(beyond)
+        self.beyond = beyond
         self.transform, self.num_convs = transform, 1 + residual
 
         def draw() -> ImplicitFilter:

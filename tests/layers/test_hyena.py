@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from layers.hyena import Hyena
 from layers.long_conv import ImplicitFilter
@@ -91,6 +92,27 @@ def test_no_document_is_longer_than_the_filters():
     segments = torch.arange(41).ge(20).long().expand(2, -1)
     assert_near(layer(x, segments=segments)[0][:, :20], y[:, :20], EXACT)
     assert layer(x[:, 40:], state, segments=segments[:, 40:])[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_longer_documents_forget_where_that_is_asked_for():
+    """With every tap beyond the 40th zero; token by token, in pieces, and in one call."""
+    layer, x = layer_of(beyond="forget"), torch.randn(2, 70, 3, dtype=torch.float64)
+    y, _ = layer(x)
+    changed = x.clone()
+    changed[:, 0] += 1
+    # The short convolution hands input 0 on to position 2; the last tap reaches 39 further.
+    reached = (layer(changed)[0] - y).abs().amax((0, 2))
+    assert reached[41] > 1e-9
+    assert reached[42:].max() < 1e-12
+    state, outputs = None, []
+    for piece in x.split([30, 1, 1, 20, 18], dim=1):
+        z, state = layer(piece, state, want_state=True)
+        outputs.append(z)
+    assert_near(torch.cat(outputs, 1), y, EXACT)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == layer.flops(2, 70)
 
 
 @torch.no_grad()
@@ -177,6 +199,7 @@ def test_sizes():
         ({"emb_dim": 4}, "emb_dim=4.*an odd number"),
         ({"max_len": 1}, "max_len=1"),
         ({"filter_order": 0}, "filter_order=0"),
+        ({"beyond": "cut"}, "beyond='cut': allowed: refuse, forget"),
     ],
 )
 def test_bad_options(options, message):
