@@ -5,27 +5,10 @@ from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 
-from evaluation import Settings, evaluate, print_table
-from records.process import is_first_process
 from schema.entry import command
-from tasks.base import Task
-from training.callbacks.signals import StopSignals
-from training.data import loader_of
 from training.errors import TrainingError
-from training.fit import fit
-from training.module import build_module
-from training.resume import open_run
-from training.run import describe, model_facts, open_folder, recorded, rehearse
-from training.scores import CRITERIA, scores
-from training.trainer import set_up_process
-
-VALIDATION = Settings(protocol="windowed", samples=0, cost=False)
-TEST = Settings(samples=0, cost=False)  # eval.py has the rest
-SILENT = Console(quiet=True)
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -41,6 +24,24 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
         TrainingError: the run cannot go on.
         SystemExit: a signal stopped the run.
     """
+    # Torch and lightning take seconds to import, which a mistake on the command line need not wait.
+    from hydra.utils import instantiate
+    from rich.console import Console
+
+    from evaluation import Settings, evaluate, print_table
+    from records.process import is_first_process
+    from tasks.base import Task
+    from training.callbacks.signals import StopSignals
+    from training.data import loader_of
+    from training.fit import fit
+    from training.module import build_module
+    from training.resume import open_run
+    from training.run import describe, model_facts, open_folder, recorded, rehearse
+    from training.scores import CRITERIA, scores
+    from training.trainer import set_up_process
+
+    validation = Settings(protocol="windowed", samples=0, cost=False)
+    test = Settings(samples=0, cost=False)  # eval.py has the rest
     console = Console(quiet=not is_first_process(), highlight=False, soft_wrap=True)
     resumed = open_run(cfg, overrides) if cfg.resume else None
     if resumed is not None:
@@ -58,7 +59,9 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     console.print(describe(module.model, facts))
 
     def validate() -> dict[str, float]:
-        return scores(evaluate(module.model, task, "validation", VALIDATION, console=SILENT))
+        return scores(
+            evaluate(module.model, task, "validation", validation, console=Console(quiet=True))
+        )
 
     with StopSignals() as signals, recorded(folder, resumed, console.print) as record:
         fitted = fit(
@@ -77,8 +80,9 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
         if not is_first_process():
             return {}
         with fitted.precision():
-            result = evaluate(module.model, task, "test", TEST, console=console)
-        folder.write_evaluation(task.name, result)
+            result = evaluate(module.model, task, "test", test, console=console)
+        checkpoint = folder.checkpoints.path(fitted.facts["steps"])
+        folder.write_evaluation(task.name, {"checkpoint": checkpoint.name, **result})
         print_table(result, console)
         console.print(f"run folder: {folder.path}")
         return scores(result)
