@@ -1,5 +1,6 @@
 """Evaluate a run: `python eval.py run=<folder> [task=...] [eval.protocol=...]`; see --help."""
 
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -29,6 +30,8 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     settings: Settings = instantiate(cfg.eval)
     folder = RunFolder.open(cfg.run)
     own = folder.config()
+    if settings.prefix is None:
+        settings = replace(settings, prefix=own.objective.get("prefix_len"))
     point_to_data(own, cfg)
     device = choose_device(cfg.accelerator)
     trained = load(folder, cfg.checkpoint, own, device)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -40,8 +41,6 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     from training.scores import CRITERIA, scores
     from training.trainer import set_up_process
 
-    validation = Settings(protocol="windowed", samples=0, cost=False)
-    test = Settings(samples=0, cost=False)  # eval.py has the rest
     console = Console(quiet=not is_first_process(), highlight=False, soft_wrap=True)
     resumed = open_run(cfg, overrides) if cfg.resume else None
     if resumed is not None:
@@ -54,6 +53,8 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     task.prepare()
     module = build_module(cfg, task.vocab_size)
     loader = loader_of(task, cfg, step=resumed.step if resumed else 0)
+    test = Settings(prefix=cfg.objective.get("prefix_len"), samples=0, cost=False)
+    validation = replace(test, protocol="windowed")
     facts = model_facts(module.model, length=rehearse(module, loader))
     folder = open_folder(cfg, resumed, task, facts)
     console.print(describe(module.model, facts))
