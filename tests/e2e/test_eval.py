@@ -111,14 +111,10 @@ def test_the_protocols_agree_when_a_window_is_a_document(text_run):
 def test_a_model_that_reads_a_prefix_is_scored_behind_it(place, texts, capsys):
     """By train.py and by eval.py, unless told otherwise; a causal model on the same positions."""
     path = place / "prefix"
-    options = ("task=text", texts[0], "task.tokenizer=bytes", "task.seq_len=32", "pattern=jrt")
-    train(
-        compose(
-            "config",
-            [*options, *SMALL, "objective=prefix_lm", "objective.prefix_len=8"]
-            + [f"data.cache={place / 'cache'}", "task.recipe.warmup_steps=1", f"run_dir={path}"],
-        )
-    )
+    text = ("task=text", texts[0], "task.tokenizer=bytes", "task.seq_len=32", "pattern=jrt")
+    objective = ("objective=prefix_lm", "objective.prefix_len=8", "task.recipe.warmup_steps=1")
+    where = (f"data.cache={place / 'cache'}", f"run_dir={path}")
+    train(compose("config", [*text, *objective, *where, *SMALL]))
     assert "windowed: each window begins with 8 places that are read in both" in " ".join(
         capsys.readouterr().out.split()
     )
