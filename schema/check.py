@@ -38,7 +38,7 @@ def check(cfg: DictConfig, config_name: str = "config") -> None:
     if config_name == "eval":
         with _named("eval"):
             instantiate(cfg.eval)
-    else:
+    elif config_name == "config":
         check_pattern(values["pattern"], values["mixers"])
         _check_depth(values["pattern"], values["model"]["num_layers"])
         _check_training(cfg)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.memory import peak_bytes
 from layers.mixer import Mixer
 from tests.contract.subjects import NAMES, make_mixer
-from tests.memory import peak_bytes
 
 LENGTHS = (2048, 4096, 8192, 16384)
 # Filters as long as the sequence: shorter ones would make long convolutions linear by themselves.
