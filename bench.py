@@ -4,7 +4,7 @@ from omegaconf import DictConfig
 
 from schema.entry import command
 
-WIDTH = 110  # columns that a row needs
+WIDTH = 130  # columns that a row needs
 
 
 def run(cfg: DictConfig) -> None:
