@@ -18,10 +18,12 @@ from training.data import loader_of
 from training.errors import TrainingError
 from training.fit import fit
 from training.module import build_module
+from training.origins import start_from
 from training.resume import open_run
 from training.run import describe, model_facts, open_folder, recorded, rehearse
 from training.scores import CRITERIA, scores
 from training.trainer import set_up_process
+from training.transfer_objective import objective_scores
 
 VALIDATION = Settings(protocol="windowed", samples=0, cost=False)
 TEST = Settings(samples=0, cost=False)  # eval.py has the rest
@@ -52,13 +54,15 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     task: Task = instantiate(cfg.task)
     task.prepare()
     module = build_module(cfg, task.vocab_size)
+    origins = start_from(module, cfg, task, resumed)
     loader = loader_of(task, cfg, step=resumed.step if resumed else 0)
     facts = model_facts(module.model, length=rehearse(module, loader))
-    folder = open_folder(cfg, resumed, task, facts)
+    folder = open_folder(cfg, resumed, task, facts, origins)
     console.print(describe(module.model, facts))
 
     def validate() -> dict[str, float]:
-        return scores(evaluate(module.model, task, "validation", VALIDATION, console=SILENT))
+        found = scores(evaluate(module.model, task, "validation", VALIDATION, console=SILENT))
+        return found | objective_scores(module, task)
 
     with StopSignals() as signals, recorded(folder, resumed, console.print) as record:
         fitted = fit(
@@ -68,6 +72,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
             cfg,
             checkpoint=resumed.checkpoint if resumed else None,
             validate=validate,
+            validate_first=bool(origins),
             criterion=CRITERIA[task.kind],
             signals=signals,
             console=console,

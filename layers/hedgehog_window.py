@@ -4,6 +4,8 @@ B batch, T time, D model width, H heads, G key and value heads, K key width per 
 per head, V value width per head, W window.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -150,13 +152,12 @@ class HedgehogWindowAttention(HedgehogAttention):
     ) -> tuple[Tensor, WindowLinearState | None]:
         """(B, T, D) -> (B, T, D) under the mixer contract."""
         self.check_input(x, state, segments)
-        T = x.shape[1]
         where = place(x, state, segments)
         q, k, v = self.project(x, where.positions)
         tags, past = segments, None
         if state is not None:
             if segments is not None or state.ragged:
-                tags = key_tags(state, state.filled, where, segments, T)
+                tags = key_tags(state, state.filled, where, segments, x.shape[1])
             used = slice(self.window - state.filled, None)
             k = torch.cat([state.k[:, used], k.to(state.k.dtype)], dim=1)
             v = torch.cat([state.v[:, used], v.to(state.v.dtype)], dim=1)
@@ -167,7 +168,7 @@ class HedgehogWindowAttention(HedgehogAttention):
         y, (S, z) = mixed
         filled = min(self.window, k.shape[1])
         if segments is None or tags is None:
-            ragged = state is not None and state.ragged and T < self.window
+            ragged = state is not None and state.ragged and x.shape[1] < self.window
             first = k.shape[1] - filled
             k, v = k[:, first:].clone(), v[:, first:].clone()  # not a view of a long past
         else:
@@ -273,3 +274,20 @@ class HedgehogWindowAttention(HedgehogAttention):
             use_window=self.parts != "linear",
             use_linear=self.parts != "window",
         )
+
+
+@contextmanager
+def only(parts: Parts, model: nn.Module) -> Iterator[bool]:
+    """Inside, every HedgehogWindowAttention of `model` with parts="both" has `parts`.
+
+    Yields whether there is one.
+    """
+    layers = [m for m in model.modules() if isinstance(m, HedgehogWindowAttention)]
+    both = [layer for layer in layers if layer.parts == "both"]
+    for layer in both:
+        layer.parts = parts
+    try:
+        yield bool(both)
+    finally:
+        for layer in both:
+            layer.parts = "both"
