@@ -36,10 +36,12 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     from training.data import loader_of
     from training.fit import fit
     from training.module import build_module
+    from training.origins import start_from
     from training.resume import open_run
     from training.run import describe, model_facts, open_folder, recorded, rehearse
     from training.scores import CRITERIA, scores
     from training.trainer import set_up_process
+    from training.transfer_objective import objective_scores
 
     console = Console(quiet=not is_first_process(), highlight=False, soft_wrap=True)
     resumed = open_run(cfg, overrides) if cfg.resume else None
@@ -52,17 +54,17 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     task: Task = instantiate(cfg.task)
     task.prepare()
     module = build_module(cfg, task.vocab_size)
+    origins = start_from(module, cfg, task, resumed)
     loader = loader_of(task, cfg, step=resumed.step if resumed else 0)
     test = Settings(prefix=cfg.objective.get("prefix_len"), samples=0, cost=False)
     validation = replace(test, protocol="windowed")
     facts = model_facts(module.model, length=rehearse(module, loader))
-    folder = open_folder(cfg, resumed, task, facts)
+    folder = open_folder(cfg, resumed, task, facts, origins)
     console.print(describe(module.model, facts))
 
     def validate() -> dict[str, float]:
-        return scores(
-            evaluate(module.model, task, "validation", validation, console=Console(quiet=True))
-        )
+        result = evaluate(module.model, task, "validation", validation, console=Console(quiet=True))
+        return scores(result) | objective_scores(module, task)
 
     with StopSignals() as signals, recorded(folder, resumed, console.print) as record:
         fitted = fit(
@@ -72,6 +74,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
             cfg,
             checkpoint=resumed.checkpoint if resumed else None,
             validate=validate,
+            validate_first=bool(origins),
             criterion=CRITERIA[task.kind],
             signals=signals,
             console=console,

@@ -37,6 +37,7 @@ PUBLISHED = {
         "124M", "106G a sequence", "test perplexity 18.6 (Hyena), 20.6 (Monarch)"
     ),
     "wikitext103_monarch": Published("72M", "51G a sequence", "test perplexity 20.7"),
+    "wikitext103_hedgehog": Published("125M", NONE, "test perplexity 20.8"),
     "wikitext103_hyena": Published("125M", NONE, "test perplexity 18.6"),
     "wikitext103_mamba": Published("130M", NONE, "Pile only: 10.56 after 300B tokens"),
     "wikitext103_mamba2": Published("130M", NONE, "Pile only: 10.48 after 300B tokens"),

@@ -6,16 +6,11 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from models.build import build_model
 from models.language_model import LanguageModel
-from records.checkpoints import DamagedCheckpoint, read_checkpoint
+from models.restore import find_checkpoint, restore
 from records.folder import RunFolder
-from schema.errors import ConfigError
 from tasks.base import Task
-
-WEIGHTS = "model."  # what the names of the network's tensors in a checkpoint start with
 
 
 @dataclass(frozen=True)
@@ -31,62 +26,18 @@ def load(folder: RunFolder, checkpoint: str, cfg: DictConfig, device: torch.devi
     """The model of a run with the weights of one of its checkpoints, on `device`.
 
     Args:
-        checkpoint: "best" (by validation; the last where nothing was validated), "last", or the
-            path of a file.
+        checkpoint: as of models.restore.find_checkpoint.
         cfg: of the run. Its task is read again, for the tokeniser.
 
     Raises:
         ConfigError: no such checkpoint, a damaged one, or one of another network or tokeniser.
     """
-    path = find_checkpoint(folder, checkpoint)
-    try:
-        weights = read_checkpoint(path)["state_dict"]
-    except DamagedCheckpoint as error:
-        raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
+    find_checkpoint(folder, checkpoint)  # before the data, which may take long
     task: Task = instantiate(cfg.task)
     task.check()
     task.prepare()
-    _check_tokenizer(folder, task)
-    try:
-        model = build_model(cfg, task.vocab_size)
-    except OmegaConfBaseException as error:
-        said = str(error).splitlines()[0]
-        raise ConfigError(f"run={folder.path} was made by another version: {said}") from error
-    own = {name.removeprefix(WEIGHTS): w for name, w in weights.items() if name.startswith(WEIGHTS)}
-    found, expected = len(own.get("embedding.weight", ())), len(model.embedding.weight)
-    if found != expected:
-        raise ConfigError(
-            f"checkpoint={path} has a vocabulary of {found} ids; "
-            f"the run's own, with task={task.name}, has {expected}"
-        )
-    try:
-        model.load_state_dict(own)
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"checkpoint={path} is of another network: {said}") from None
+    model, path = restore(folder, checkpoint, cfg, task.vocab_size, task.facts())
     return Trained(model.to(device), task, path)
-
-
-def find_checkpoint(folder: RunFolder, checkpoint: str) -> Path:
-    """The file that `checkpoint` of `load` means.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    store = folder.checkpoints
-    if checkpoint == "best":
-        best = store.best()
-        if best is not None:
-            return store.path(best.step)
-    if checkpoint in ("best", "last"):
-        newest = store.newest()
-        if newest is None:
-            raise ConfigError(f"run={folder.path}: no checkpoint in {store.folder}")
-        return newest
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"checkpoint={checkpoint}: no such file; allowed: best, last or a file")
-    return path
 
 
 def point_to_data(own: DictConfig, cfg: DictConfig) -> None:
@@ -102,14 +53,3 @@ def choose_device(accelerator: str) -> torch.device:
     """The device of an accelerator option: "auto" takes a GPU where there is one."""
     gpu = None if accelerator == "cpu" else torch.accelerator.current_accelerator()
     return gpu or torch.device("cpu")
-
-
-def _check_tokenizer(folder: RunFolder, task: Task) -> None:
-    """A tokeniser that was made again from other text gives the ids another meaning."""
-    recorded = folder.record()["data"].get("tokenizer", {}).get("sha256")
-    found = task.facts().get("tokenizer", {}).get("sha256")
-    if recorded != found:
-        raise ConfigError(
-            f"run={folder.path}: the data at hand gives another tokeniser than the run's; "
-            f"expected sha256 {recorded}, found {found}"
-        )

@@ -1,8 +1,17 @@
-"""Hedgehog: linear attention with learned feature maps that imitate softmax."""
+"""Hedgehog: linear attention with learned feature maps that imitate softmax.
 
+B batch, T time, D model width, H heads, K key width per head.
+"""
+
+import torch
+from torch import Tensor
+
+from layers.attention import Attention
+from layers.attention_transfer import Rows, feature_rows, softmax_rows, transfer_losses
 from layers.feature_maps import Activation, HedgehogFeatureMap, MapInit
 from layers.linear_attention import FeatureMapAttention
 from layers.projection import Dense, Projection
+from layers.segments import place
 
 
 class HedgehogAttention(FeatureMapAttention):
@@ -102,3 +111,46 @@ class HedgehogAttention(FeatureMapAttention):
 
         self.query_map = feature_map()
         self.key_map = self.query_map if tie else feature_map()
+
+    def imitation_loss(
+        self, x: Tensor, teacher: Attention, *, segments: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """How far this layer's attention weights are from those of `teacher` on the same input.
+
+        Source: Zhang et al. 2024, section 4.2, equation 4 (attention weight distillation).
+
+        Args:
+            x: (B, T, D), what the teacher's layer reads.
+            teacher: softmax attention with as many heads; its weights get no gradient.
+            segments: int (B, T) document numbers or None.
+
+        Returns:
+            loss, the cross entropy to be minimised, whose minimum is teacher_entropy; then kl,
+            xent, mse, teacher_entropy and student_entropy, see
+            layers.attention_transfer.transfer_losses.
+
+        Raises:
+            ValueError: another number of heads, or weights that are not normalised.
+        """
+        self.check_input(x, None, segments)
+        if not self.normalize:
+            raise ValueError("normalize=False: only normalised weights can imitate softmax")
+        if teacher.num_heads != self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads}: expected the teacher's {teacher.num_heads}"
+            )
+        positions = place(x, None, segments).positions
+        with torch.no_grad():
+            q, k, teacher_v = teacher.project(x, positions)
+            k, teacher_v = teacher.to_all_heads(k), teacher.to_all_heads(teacher_v)
+            imitated = softmax_rows(q, k, segments=segments)
+        q, k, v = self.project(x, positions)
+        student = self.attention_rows(q, self.to_all_heads(k), segments)
+        v = self.to_all_heads(v)
+        losses = transfer_losses(imitated, student, teacher_v, v, segments=segments)
+        return {"loss": losses["xent"], **losses}
+
+    def attention_rows(self, q: Tensor, k: Tensor, segments: Tensor | None) -> Rows:
+        """The attention weights of q, k (B, T, H, K), for a few queries at a time."""
+        phi_q, phi_k = self.query_map(q), self.key_map(k)
+        return feature_rows(phi_q, phi_k, eps=self.eps, segments=segments)

@@ -60,9 +60,7 @@ class FeatureMapAttention(MultiHeadMixer):
         self.check_input(x, state, segments)
         where = place(x, state, segments)
         q, k, v = self.project(x, where.positions)
-        if self.num_kv_heads != self.num_heads:
-            groups = self.num_heads // self.num_kv_heads
-            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        k, v = self.to_all_heads(k), self.to_all_heads(v)
         past = self.past_sums(x, where, state, segments, prefix_len)
         mixed = linear_attention(
             self.query_map(q).to(v.dtype),

@@ -76,6 +76,11 @@ class MultiHeadMixer(Mixer):
             q, k = rotate(q, by), rotate(k, by)
         return q, k, v
 
+    def to_all_heads(self, x: Tensor) -> Tensor:
+        """Keys or values (B, T, G, .) -> (B, T, H, .): what each head reads."""
+        groups = self.num_heads // self.num_kv_heads
+        return x if groups == 1 else x.repeat_interleave(groups, dim=2)
+
     def merge(self, y: Tensor) -> Tensor:
         """Concatenate the heads of y (B, T, H, V) and project them back to (B, T, D)."""
         return self.o_proj(y.flatten(2))

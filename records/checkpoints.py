@@ -156,6 +156,11 @@ def verify(path: Path) -> None:
             raise DamagedCheckpoint(f"{path.name} is damaged: its checksum is not the one written")
 
 
+def checksum(path: Path) -> str:
+    """The SHA-256 that the checkpoint at `path` was written with."""
+    return _sidecar(path).read_text().split()[0]
+
+
 def _sidecar(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 

@@ -50,9 +50,10 @@ def check_here(cfg: DictConfig) -> None:
     Raises:
         ConfigError: the first thing that is missing.
     """
-    for key in ("resume", "run"):
-        if cfg.get(key) is not None:
-            _run_folder(key, cfg[key])
+    for key in ("resume",) if cfg.get("resume") else ("run", "init_from", "objective.teacher"):
+        path = OmegaConf.select(cfg, key)
+        if path is not None:
+            _run_folder(key, path)
     if cfg.get("run_dir") is not None and cfg.resume is None:
         check_free(cfg.run_dir)
     # An evaluation reads one split of its task, which need not have the others.

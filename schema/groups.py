@@ -68,6 +68,7 @@ class Train:
     seed: Annotated[int, Between(0, 2**32 - 1)]
     run_dir: str | None
     resume: str | None
+    init_from: str | None
     compile: bool
     data: Data
     model: Model

@@ -13,7 +13,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
 
 # Shorter than the sequences of a test, so that what lies behind them is forgotten in it.
-SHORT = {"sliding_window": {"window": 7}}
+SHORT = {"sliding_window": {"window": 7}, "hedgehog_window": {"window": 7}}
 
 
 def tiny_model(

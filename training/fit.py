@@ -46,6 +46,7 @@ def fit(
     *,
     checkpoint: Path | None,
     validate: Callable[[], Mapping[str, float]],
+    validate_first: bool,
     criterion: Criterion,
     signals: StopSignals,
     console: Console,
@@ -58,6 +59,7 @@ def fit(
         cfg: of the whole run.
         checkpoint: to go on from; None starts at step 0.
         validate: scores the model as it is.
+        validate_first: score it before the first step too.
         criterion: which of these scores says what is best.
 
     Raises:
@@ -71,6 +73,7 @@ def fit(
         validate,
         log_every=settings.log_every,
         validate_every=settings.validate_every,
+        validate_first=validate_first,
     )
     checkpoints = Checkpoints(
         folder.checkpoints,

@@ -64,9 +64,17 @@ def describe(model: LanguageModel, facts: dict[str, Any]) -> str:
 
 
 def open_folder(
-    cfg: DictConfig, resumed: Resumed | None, task: Task, facts: dict[str, Any]
+    cfg: DictConfig,
+    resumed: Resumed | None,
+    task: Task,
+    facts: dict[str, Any],
+    origins: dict[str, Any],
 ) -> RunFolder:
     """The folder of the run: the resumed one, or a new one with its configuration and record.
+
+    Args:
+        facts: of the model, for the record.
+        origins: the runs it starts from, for the record.
 
     Raises:
         ConfigError: the resumed run was trained on other data, or run_dir is taken.
@@ -86,6 +94,7 @@ def open_folder(
         "machine": machine(),
         "data": task.facts(),
         "model": facts,
+        **origins,
     }
     return RunFolder.create(path, cfg, record)
 

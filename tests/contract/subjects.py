@@ -21,6 +21,7 @@ NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 MODEL = {"d_model": 16, "num_layers": 2, "num_heads": 2}
 TINY: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 8},
+    "hedgehog_window": {"window": 8},
     "based": {"key_dim": 6},
     "mamba2": {"head_dim": 8, "d_state": 8, "num_groups": 2, "chunk_size": 8},
 }

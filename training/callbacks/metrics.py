@@ -35,6 +35,7 @@ class Metrics(Callback):
         validate: scores the model.
         log_every: steps.
         validate_every: steps.
+        validate_first: also before the first step, as the row of step 0.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Metrics(Callback):
         *,
         log_every: int,
         validate_every: int,
+        validate_first: bool = False,
     ) -> None:
         self.folder = folder
         self.after_step = after_step
@@ -52,6 +54,7 @@ class Metrics(Callback):
         self.validate = validate
         self.log_every = log_every
         self.validate_every = validate_every
+        self.validate_first = validate_first
         self.meter = Meter()
         self.step = 0
         self.tokens = 0
@@ -62,6 +65,8 @@ class Metrics(Callback):
         if trainer.is_global_zero:
             self.file = self.folder.open_metrics(self.after_step)
         self.step = trainer.global_step
+        if self.validate_first and self.step == 0:
+            self._begin(trainer)
         self._clock = time.perf_counter()
 
     def on_train_batch_end(  # type: ignore[override]
@@ -98,6 +103,12 @@ class Metrics(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens = state_dict["tokens"]
         self.meter.load_state_dict(state_dict["meter"])
+
+    def _begin(self, trainer: Trainer) -> None:
+        """The row of step 0, unless it is there from an earlier start of the run."""
+        self.row = self._validated(trainer)
+        if self.file is None or self.file.last_step < 0:
+            self._write(trainer)
 
     def _measured(self, trainer: Trainer, module: Training) -> dict[str, float]:
         self.meter.check()

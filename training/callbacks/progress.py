@@ -27,6 +27,9 @@ class ShowProgress(Callback):
         self._printed = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        row = self.metrics.row
+        if row and trainer.is_global_zero:
+            self._say(trainer, row)
         if not (self.console.is_terminal and trainer.is_global_zero):
             return
         bar = self._bar = Progress(
@@ -53,8 +56,7 @@ class ShowProgress(Callback):
             self.text = describe(row) or self.text
             self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, text=self.text)
         elif trainer.is_global_zero and row and (self._validated(row) or self._due()):
-            self._printed = time.monotonic()
-            self.console.print(f"step {trainer.global_step}/{trainer.max_steps}  {describe(row)}")
+            self._say(trainer, row)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -63,6 +65,10 @@ class ShowProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._stop()
+
+    def _say(self, trainer: Trainer, row: dict[str, float]) -> None:
+        self._printed = time.monotonic()
+        self.console.print(f"step {trainer.global_step}/{trainer.max_steps}  {describe(row)}")
 
     def _stop(self) -> None:
         if self._bar is not None:
