@@ -12,7 +12,13 @@ from kernels.estimated_sparse_attention.flops import (
 )
 from kernels.estimated_sparse_attention.op import estimated_sparse_attention_torch
 from kernels.estimated_sparse_attention.reference import estimated_sparse_attention_reference
-from kernels.estimated_sparse_attention.resize import cell_of_token, cell_starts, stretch_cells
+from kernels.estimated_sparse_attention.resize import (
+    cell_of_token,
+    cell_start,
+    cell_starts,
+    stretch,
+    stretch_cells,
+)
 from kernels.estimated_sparse_attention.select import (
     GROUPINGS,
     Grouping,
@@ -20,18 +26,23 @@ from kernels.estimated_sparse_attention.select import (
     check_choice,
     select_cells,
 )
+from kernels.estimated_sparse_attention.visible import Visible, visible
 
 __all__ = [
     "GROUPINGS",
     "Grouping",
+    "Visible",
     "attended_pairs",
     "cell_budget",
     "cell_of_token",
+    "cell_start",
     "cell_starts",
     "estimated_sparse_attention",
     "estimated_sparse_attention_flops",
     "select_cells",
+    "stretch",
     "stretch_cells",
+    "visible",
 ]
 
 _FORMS = {

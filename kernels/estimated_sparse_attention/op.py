@@ -32,9 +32,7 @@ def estimated_sparse_attention_torch(
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, H, V) and the cells chosen, bool (B, H, T, K)."""
-    y, cells, _ = _attend(
-        q, k, v, probs.detach(), segments, k_cells, causal, grouping, scale
-    )
+    y, cells, _ = _attend(q, k, v, probs.detach(), segments, k_cells, causal, grouping, scale)
     return y, cells
 
 

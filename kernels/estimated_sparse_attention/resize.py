@@ -82,6 +82,4 @@ def stretch_cells(
     if S < T:
         raise ValueError(f"{name}: keys={S}; expected at least x's {T} queries")
     check_segments(name, segments, B, S)
-    return stretch(
-        x, visible(B, T, S, causal=causal, segments=segments, device=x.device), fill
-    )
+    return stretch(x, visible(B, T, S, causal=causal, segments=segments, device=x.device), fill)

@@ -167,9 +167,7 @@ def _sums(weights: Tensor, table: Tensor, entries: Entries) -> Tensor:
 def _softmax(scores: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     """Weights (E,) that sum to 1 in each row, and the logarithm of each row's sum (R,)."""
     rows = len(entries.offsets)
-    top = scores.new_zeros(rows).scatter_reduce(
-        0, entries.row, scores, "amax", include_self=False
-    )
+    top = scores.new_zeros(rows).scatter_reduce(0, entries.row, scores, "amax", include_self=False)
     weights = (scores - top[entries.row]).exp()
     total = scores.new_zeros(rows).index_add_(0, entries.row, weights)
     log_sum = top + total.clamp(min=torch.finfo(total.dtype).tiny).log()
