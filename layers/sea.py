@@ -119,7 +119,7 @@ class SEA(MultiHeadMixer):
         *,
         num_heads: int,
         k_cells: int = 32,
-        num_cells: int = 64,
+        num_cells: int = 128,
         max_len: int = 2048,
         beyond: Beyond = "refuse",
         grouping: Groups = "causal_batch",

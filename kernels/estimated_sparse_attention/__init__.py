@@ -106,7 +106,8 @@ def estimated_sparse_attention(
     C_t are the tokens under the cells that are chosen for query t and its head: `select_cells`
     chooses, and cell b of a query that sees L tokens covers those from floor(b L / K + 1/2) on,
     see `cell_starts`. A head whose estimates are flat may get no cell: its output is then zero.
-    Time and memory are linear in T, and no (T, S) matrix is built. Source: Lee et al. 2024 (SEA),
+    Time and memory are linear in T up to about H k K tokens (beyond, the one cell that every group
+    gets is wider than its budget), and no (T, S) matrix is built. Source: Lee et al. 2024 (SEA),
     sections 3.3 and 3.4, after its public code.
 
     Keys may be more than queries, as in kernels.attention: the queries then are the LAST T of the

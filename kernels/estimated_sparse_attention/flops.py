@@ -14,12 +14,14 @@ def attended_pairs(
     num_heads: int,
     num_cells: int,
     k_cells: int,
-    *,
     key_length: int | None = None,
     causal: bool = True,
     grouping: str = "causal_batch",
 ) -> int:
     """Pairs of query and key over all heads of one sequence: the mean over choices, rounded down.
+
+    About H k T; more where L is above H k K (k K without "causal_batch"), whose one cell is wider
+    than the budget.
 
     Args:
         length: T, the queries.
@@ -57,8 +59,8 @@ def estimated_sparse_attention_flops(
         num_heads,
         num_cells,
         k_cells,
-        key_length=key_length,
-        causal=causal,
-        grouping=grouping,
+        key_length,
+        causal,
+        grouping,
     )
     return 4 * batch * pairs * head_dim

@@ -86,7 +86,9 @@ def _backward(
     grouping: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return sparse_backward(grad_y, q, k, v, segments, cells, y, log_sum, causal, scale)
+    return sparse_backward(
+        grad_y, q, k, v, segments, cells, y, log_sum, k_cells, causal, grouping, scale
+    )
 
 
 @_backward.register_fake

@@ -15,7 +15,9 @@ from kernels.estimated_sparse_attention.visible import Visible, visible
 Grouping = Literal["causal_batch", "query", "head", "batch"]
 GROUPINGS: tuple[str, ...] = get_args(Grouping)
 
-_TILE = 1 << 20  # values that are ranked at once
+# Values that are ranked at once. Later queries have smaller budgets, and a tile is ranked as deep
+# as its largest budget.
+_TILE = 1 << 17
 
 
 def cell_budget(lengths: Tensor, members: int, num_cells: int, k_cells: int) -> Tensor:
@@ -100,7 +102,7 @@ def choose_cells(probs: Tensor, seen: Visible, k_cells: int, grouping: str) -> T
     B, H, T, K = probs.shape
     heads = H if grouping == "causal_batch" else 1
     budget = cell_budget(seen.lengths, heads, K, k_cells)  # (B, T)
-    chosen = torch.empty_like(probs, dtype=torch.bool)
+    chosen = probs.new_empty(probs.shape, dtype=torch.bool)
     step = max(1, _TILE // (B * H * K))
     for start in range(0, T, step):
         rows = slice(start, min(start + step, T))
@@ -115,7 +117,7 @@ def _choose_among_queries(probs: Tensor, seen: Visible, k_cells: int, grouping: 
     """Groups of all queries of a document, of one head or of all."""
     _, H, _, K = probs.shape
     heads = H if grouping == "batch" else 1
-    chosen = torch.zeros_like(probs, dtype=torch.bool)
+    chosen = probs.new_zeros(probs.shape, dtype=torch.bool)
     for b, (lengths, first) in enumerate(zip(seen.lengths, seen.first, strict=True)):
         for document in first[lengths > 0].unique().tolist():
             rows = ((first == document) & (lengths > 0)).nonzero().squeeze(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from kernels.estimated_sparse_attention.flops import attended_pairs
 from kernels.estimated_sparse_attention.resize import cell_start
 from kernels.estimated_sparse_attention.select import choose_cells
 from kernels.estimated_sparse_attention.visible import Visible, visible
@@ -56,7 +57,8 @@ def sparse_forward(
     y = v.new_zeros(B, T, H, v.shape[3])
     log_sum = torch.zeros(B, T, H, dtype=exact, device=q.device)
     slots = None if segments is None else seen.slots()
-    for rows in _tiles(B, T, H * k_cells):
+    pairs = B * attended_pairs(T, H, cells.shape[3], k_cells, S, causal, grouping)
+    for rows in _tiles(T, pairs):
         entries = _entries(cells[:, :, rows], seen.rows(rows.start, rows.stop), slots, k.shape[2])
         if len(entries.row) == 0:
             continue
@@ -79,7 +81,9 @@ def sparse_backward(
     cells: Tensor,
     y: Tensor,
     log_sum: Tensor,
+    k_cells: int,
     causal: bool,
+    grouping: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: with dA = dY V^T on the entries, dS = A (dA - sum(dY Y))."""
@@ -90,10 +94,9 @@ def sparse_backward(
     dq = torch.zeros(q.shape, dtype=exact, device=q.device)
     keys, values = (x.to(exact).reshape(-1, x.shape[3]) for x in (k, v))
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-    mean = int(cells.sum()) * S // (cells.shape[3] * T) + 1  # entries of a query, about
-    # The sums over keys go through all of them in every tile, so that a tile is to have as many
-    # entries as there are keys.
-    for rows in _tiles(1, T, mean, at_least=k.shape[2] * S * B):
+    pairs = B * attended_pairs(T, H, cells.shape[3], k_cells, S, causal, grouping)
+    # The sums over keys go through all of them in every tile: a tile is to have as many entries.
+    for rows in _tiles(T, pairs, at_least=len(keys)):
         entries = _entries(cells[:, :, rows], seen.rows(rows.start, rows.stop), slots, k.shape[2])
         if len(entries.row) == 0:
             continue
@@ -108,9 +111,9 @@ def sparse_backward(
     return dq.to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
 
-def _tiles(batch: int, length: int, per_query: int, *, at_least: int = 0) -> Iterator[slice]:
-    """Queries, in runs of about _ENTRIES entries."""
-    step = max(1, max(_ENTRIES, at_least) // (batch * per_query))
+def _tiles(length: int, pairs: int, *, at_least: int = 0) -> Iterator[slice]:
+    """Queries, in runs of about _ENTRIES entries of the `pairs` in all."""
+    step = max(1, max(_ENTRIES, at_least) * length // max(1, pairs))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
@@ -143,7 +146,8 @@ def _tables(
     """
     B, S, G, _ = k.shape
     if len(entries.key) >= B * S * G:
-        return *(x.to(dtype).reshape(-1, x.shape[3]) for x in (k, v)), entries
+        keys, values = (x.to(dtype).reshape(-1, x.shape[3]) for x in (k, v))
+        return keys, values, entries
     at = (entries.key // (S * G), entries.key // G % S, entries.key % G)
     order = torch.arange(len(entries.key), device=k.device)
     return k[at].to(dtype), v[at].to(dtype), entries._replace(key=order)
