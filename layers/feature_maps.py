@@ -106,7 +106,8 @@ class PerformerFeatureMap(FeatureMap):
     as long as Gaussian vectors (section 3.2 there); they are drawn once and saved.
 
     Differs from the public code in "exp": it subtracts a maximum over all positions from the keys'
-    exponents and adds 1e-4, which shows the future to the past; that form is `stabilised`.
+    exponents and adds 1e-4, which shows the future to the past; that form is `stabilised`. And in
+    W, whose directions are uniform here: there their signs are those that a QR leaves.
 
     Args:
         num_heads: H, for counting alone.
@@ -184,8 +185,10 @@ class PerformerFeatureMap(FeatureMap):
 def orthogonal_gaussian(rows: int, width: int) -> Tensor:
     """(rows, width), orthogonal within blocks of `width` rows, each as long as a Gaussian one."""
     blocks = -(-rows // width)
-    directions = torch.linalg.qr(torch.randn(blocks, width, width)).Q.mT.flatten(0, 1)[:rows]
-    return directions * torch.randn(rows, width).norm(dim=1, keepdim=True)
+    Q, R = torch.linalg.qr(torch.randn(blocks, width, width))
+    # Factorisations fix signs as they like: without these the directions are not uniform.
+    Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+    return Q.mT.flatten(0, 1)[:rows] * torch.randn(rows, width).norm(dim=1, keepdim=True)
 
 
 class HedgehogFeatureMap(FeatureMap):

@@ -47,7 +47,7 @@ def attention_maps(
     stretched = stretch_cells(scores, segments=segments)
     prob, mix = (g.transpose(1, 2) for g in gates)
     sparse = _softmax(dense, mask)
-    mean = past / seen.lengths.clamp(min=1)[:, None, :, None]
+    mean = past.to(dense.dtype) / seen.lengths.clamp(min=1)[:, None, :, None]
     return AttentionMaps(
         scores.softmax(-1),
         _softmax(stretched, past),
