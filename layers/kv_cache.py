@@ -98,12 +98,17 @@ def empty_cache(
     width: int,
     device: torch.device | str,
     dtype: torch.dtype,
+    value_width: int | None = None,
 ) -> KVCache:
-    """No tokens; the first append takes memory for `max_len` of them at once."""
+    """No tokens; the first append takes memory for `max_len` of them at once.
+
+    `value_width` is that of keys by default.
+    """
     # One zero seen as every slot: what the empty past holds is the number of slots.
-    slots = torch.zeros((), device=device, dtype=dtype).expand(batch_size, max_len, heads, width)
+    k = torch.zeros((), device=device, dtype=dtype).expand(batch_size, max_len, heads, width)
+    v = k[..., : width if value_width is None else value_width]
     length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return KVCache(slots, slots, length, torch.full_like(length, NO_DOCUMENT), filled=0)
+    return KVCache(k, v, length, torch.full_like(length, NO_DOCUMENT), filled=0)
 
 
 def remember(

@@ -26,7 +26,13 @@ from layers.projection import Dense, Projection
 from layers.report import Report
 from layers.sea_decoder import COLUMNS
 from layers.sea_estimator import Estimator, EstimatorState, Gates
-from layers.sea_losses import Matrices, dense_scores, imitation_distances, sampled_distance
+from layers.sea_losses import (
+    Matrices,
+    dense_scores,
+    imitation_distances,
+    sampled_distance,
+    sampled_rows,
+)
 from layers.sea_maps import AttentionMaps, attention_maps
 from layers.segments import Place, keep_rows, place
 from layers.state import state_nbytes
@@ -386,11 +392,7 @@ class SEA(MultiHeadMixer):
         """The loss of the estimate where there is no teacher, and what the mask is like."""
         B, T = q.shape[:2]
         if self.estimation_rows:
-            count = min(self.estimation_rows, T)
-            if self.training:
-                rows = torch.randint(T, (count,), device=q.device)
-            else:
-                rows = (torch.arange(count, device=q.device) + 1) * T // count - 1
+            rows = sampled_rows(T, self.estimation_rows, self.training, q.device)
             scale = self.key_dim**-0.5
             found = sampled_distance(
                 q.detach(), mixed.keys.detach(), mixed.scores, rows, scale, mixed.tags

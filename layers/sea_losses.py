@@ -68,6 +68,14 @@ def _log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.log_softmax(-1).masked_fill(~mask, 0)
 
 
+def sampled_rows(length: int, count: int, training: bool, device: torch.device) -> Tensor:
+    """int64 (n,), n = min(count, length) queries: random ones in training, else at equal steps."""
+    count = min(count, length)
+    if training:
+        return torch.randint(length, (count,), device=device)
+    return (torch.arange(count, device=device) + 1) * length // count - 1
+
+
 def sampled_distance(
     q: Tensor,
     k: Tensor,
@@ -75,6 +83,8 @@ def sampled_distance(
     rows: Tensor,
     scale: float,
     segments: Tensor | None,
+    *,
+    causal: bool = True,
 ) -> Distance:
     """Between the layer's own dense attention, which gets no gradient, and its estimate.
 
@@ -86,9 +96,10 @@ def sampled_distance(
         scores: (B, H, T, M), compressed.
         rows: int64 (n,), below T.
         segments: int (B, S) or None.
+        causal: whether a query sees its document up to itself, or all of it.
     """
     B, T = q.shape[:2]
-    seen, sizes = _places(B, T, k.shape[1], segments, q.device)
+    seen, sizes = _places(B, T, k.shape[1], segments, q.device, causal)
     some = Visible(seen.lengths[:, rows], seen.first[:, rows], seen.index)
     with torch.no_grad():
         teacher = dense_scores(q[:, rows], k, scale)
@@ -118,7 +129,7 @@ def imitation_distances(
     Queries go in chunks, which the backward pass makes again: memory is linear in T.
     """
     B, T, H, _ = given.q.shape
-    seen, sizes = _places(B, T, T, segments, given.q.device)
+    seen, sizes = _places(B, T, T, segments, given.q.device, causal=True)
 
     def chunk(start: int, end: int, *tensors: Tensor) -> Tensor:
         teacher_q, teacher_k, q, k, scores = tensors
@@ -145,12 +156,17 @@ def imitation_distances(
 
 
 def _places(
-    batch: int, queries: int, keys: int, segments: Tensor | None, device: torch.device
+    batch: int,
+    queries: int,
+    keys: int,
+    segments: Tensor | None,
+    device: torch.device,
+    causal: bool,
 ) -> tuple[Visible, Tensor]:
     """What each query sees, and how many tokens its document has, (B, T)."""
     seen, whole = (
-        visible(batch, queries, keys, causal=causal, segments=segments, device=device)
-        for causal in (True, False)
+        visible(batch, queries, keys, causal=each, segments=segments, device=device)
+        for each in (causal, False)
     )
     return seen, whole.lengths
 

@@ -73,7 +73,9 @@ def draw_maps(maps: AttentionMaps, path: str | Path, *, row: int, heads: int) ->
     for head, line in enumerate(axes):
         for name, axis in zip(names, line, strict=True):
             axis.imshow(
-                getattr(maps, name)[row, head].float().cpu(), aspect="auto", interpolation="nearest"
+                getattr(maps, name)[row, head].float().cpu().numpy(),
+                aspect="auto",
+                interpolation="nearest",
             )
             axis.set_title(f"head {head}: {name}")
             axis.set_xlabel("cell" if name == "compressed" else "key")
