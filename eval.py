@@ -1,18 +1,11 @@
 """Evaluate a run: `python eval.py run=<folder> [task=...] [eval.protocol=...]`; see --help."""
 
+from dataclasses import replace
 from typing import Any
 
-import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 
-from evaluation import Settings, evaluate, print_table
-from evaluation.load import load
-from records.folder import RunFolder
 from schema.entry import command
-from tasks.base import Task
-from training.pages import keep_freed_pages
 
 
 def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
@@ -21,11 +14,24 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: something is missing or does not fit; nothing was written.
     """
+    # Torch takes seconds to import, which a mistake on the command line need not wait for.
+    import torch
+    from hydra.utils import instantiate
+    from rich.console import Console
+
+    from evaluation import Settings, evaluate, print_table
+    from evaluation.load import choose_device, load, point_to_data
+    from records.folder import RunFolder
+    from tasks.base import Task
+    from training.pages import keep_freed_pages
+
     keep_freed_pages()
     console = Console(highlight=False, soft_wrap=True)
     settings: Settings = instantiate(cfg.eval)
     folder = RunFolder.open(cfg.run)
     own = folder.config()
+    if settings.prefix is None:
+        settings = replace(settings, prefix=own.objective.get("prefix_len"))
     point_to_data(own, cfg)
     device = choose_device(cfg.accelerator)
     trained = load(folder, cfg.checkpoint, own, device)
@@ -41,21 +47,6 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     print_table(result, console)
     console.print(f"written to {path}")
     return result
-
-
-def point_to_data(own: DictConfig, cfg: DictConfig) -> None:
-    """Where data is looked for: where `cfg` says, else where the run's configuration does."""
-    for key, node in (("root", own.task.get("corpus")), ("cache", own.task)):
-        if cfg.data[key] is None:
-            cfg.data[key] = own.data[key]
-        elif node is not None and key in node:
-            node[key] = cfg.data[key]
-
-
-def choose_device(accelerator: str) -> torch.device:
-    """The device of an accelerator option: "auto" takes a GPU where there is one."""
-    gpu = None if accelerator == "cpu" else torch.accelerator.current_accelerator()
-    return gpu or torch.device("cpu")
 
 
 def main(cfg: DictConfig) -> None:

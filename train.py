@@ -2,30 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 
-from evaluation import Settings, evaluate, print_table
-from records.process import is_first_process
 from schema.entry import command
-from tasks.base import Task
-from training.callbacks.signals import StopSignals
-from training.data import loader_of
 from training.errors import TrainingError
-from training.fit import fit
-from training.module import build_module
-from training.resume import open_run
-from training.run import describe, model_facts, open_folder, recorded, rehearse
-from training.scores import CRITERIA, scores
-from training.trainer import set_up_process
-
-VALIDATION = Settings(protocol="windowed", samples=0, cost=False)
-TEST = Settings(samples=0, cost=False)  # eval.py has the rest
-SILENT = Console(quiet=True)
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -41,6 +25,22 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
         TrainingError: the run cannot go on.
         SystemExit: a signal stopped the run.
     """
+    # Torch and lightning take seconds to import, which a mistake on the command line need not wait.
+    from hydra.utils import instantiate
+    from rich.console import Console
+
+    from evaluation import Settings, evaluate, print_table
+    from records.process import is_first_process
+    from tasks.base import Task
+    from training.callbacks.signals import StopSignals
+    from training.data import loader_of
+    from training.fit import fit
+    from training.module import build_module
+    from training.resume import open_run
+    from training.run import describe, model_facts, open_folder, recorded, rehearse
+    from training.scores import CRITERIA, scores
+    from training.trainer import set_up_process
+
     console = Console(quiet=not is_first_process(), highlight=False, soft_wrap=True)
     resumed = open_run(cfg, overrides) if cfg.resume else None
     if resumed is not None:
@@ -53,12 +53,16 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     task.prepare()
     module = build_module(cfg, task.vocab_size)
     loader = loader_of(task, cfg, step=resumed.step if resumed else 0)
+    test = Settings(prefix=cfg.objective.get("prefix_len"), samples=0, cost=False)
+    validation = replace(test, protocol="windowed")
     facts = model_facts(module.model, length=rehearse(module, loader))
     folder = open_folder(cfg, resumed, task, facts)
     console.print(describe(module.model, facts))
 
     def validate() -> dict[str, float]:
-        return scores(evaluate(module.model, task, "validation", VALIDATION, console=SILENT))
+        return scores(
+            evaluate(module.model, task, "validation", validation, console=Console(quiet=True))
+        )
 
     with StopSignals() as signals, recorded(folder, resumed, console.print) as record:
         fitted = fit(
@@ -77,8 +81,9 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
         if not is_first_process():
             return {}
         with fitted.precision():
-            result = evaluate(module.model, task, "test", TEST, console=console)
-        folder.write_evaluation(task.name, result)
+            result = evaluate(module.model, task, "test", test, console=console)
+        checkpoint = folder.checkpoints.path(fitted.facts["steps"])
+        folder.write_evaluation(task.name, {"checkpoint": checkpoint.name, **result})
         print_table(result, console)
         console.print(f"run folder: {folder.path}")
         return scores(result)

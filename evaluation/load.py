@@ -83,9 +83,25 @@ def find_checkpoint(folder: RunFolder, checkpoint: str) -> Path:
         if newest is None:
             raise ConfigError(f"run={folder.path}: no checkpoint in {store.folder}")
         return newest
-    if not Path(checkpoint).is_file():
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
         raise ConfigError(f"checkpoint={checkpoint}: no such file; allowed: best, last or a file")
-    return Path(checkpoint)
+    return path
+
+
+def point_to_data(own: DictConfig, cfg: DictConfig) -> None:
+    """Where data is looked for: where `cfg` says, else where the run's configuration does."""
+    for key, node in (("root", own.task.get("corpus")), ("cache", own.task)):
+        if cfg.data[key] is None:
+            cfg.data[key] = own.data[key]
+        elif node is not None and key in node:
+            node[key] = cfg.data[key]
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device of an accelerator option: "auto" takes a GPU where there is one."""
+    gpu = None if accelerator == "cpu" else torch.accelerator.current_accelerator()
+    return gpu or torch.device("cpu")
 
 
 def _check_tokenizer(folder: RunFolder, task: Task) -> None:

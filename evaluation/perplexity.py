@@ -9,7 +9,8 @@ from typing import Any, Literal
 class DocumentScore:
     """One document: its summed negative log-likelihood in nats and what that is divided by.
 
-    `tokens` were predicted (all but the one the document starts with), `words` are the official
+    `tokens` were predicted (all but the one the document starts with and a prefix that is only
+    read), `words` are the official
     words, ends of lines included, `bytes` are of its text in UTF-8.
     """
 
@@ -25,7 +26,7 @@ class TextScore:
     """A text under one protocol; `documents` in the order of the text.
 
     `window` (None: as long as each document) and `stride` are set for "windowed", `chunk` is set
-    for "carried".
+    for "carried". With a `prefix` the first tokens of each document were read and not predicted.
     """
 
     protocol: Literal["windowed", "carried"]
@@ -33,6 +34,7 @@ class TextScore:
     window: int | None = None
     stride: int | None = None
     chunk: int | None = None
+    prefix: int = 0
 
     @property
     def nll(self) -> float:
@@ -57,11 +59,10 @@ class TextScore:
     @property
     def context(self) -> str:
         """From how many tokens before it a token is predicted, where its document has them."""
+        behind = f", behind a prefix of {self.prefix}" if self.prefix else ""
         if self.window is None or self.stride is None:
-            return "whole document"
-        if self.stride == self.window:
-            return f"1-{self.window} tokens"
-        return f"{self.window - self.stride}-{self.window} tokens"
+            return f"whole document{behind}"
+        return f"{max(1, self.window - self.stride)}-{self.window} tokens{behind}"
 
     def summary(self) -> dict[str, Any]:
         """The figures and how they were obtained, without the documents."""
@@ -70,25 +71,28 @@ class TextScore:
             "window": self.window,
             "stride": self.stride,
             "chunk": self.chunk,
+            "prefix": self.prefix,
             "context": self.context,
             "nll": self.nll,
             "tokens": self.tokens,
             "words": self.words,
             "bytes": self.bytes,
-            **rates(self.nll, self.tokens, self.words, self.bytes),
+            **rates(self.nll, self.tokens, self.words, self.bytes, whole=self.prefix == 0),
         }
 
 
-def rates(nll: float, tokens: int, words: int, bytes: int) -> dict[str, float]:
+def rates(
+    nll: float, tokens: int, words: int, bytes: int, *, whole: bool = True
+) -> dict[str, float | None]:
     """Token perplexity, word perplexity and bits per byte of `nll` nats.
 
     Word perplexity divides the same sum by the official word count, so that it can be compared
-    across tokenisers.
+    across tokenisers. It and bits per byte are None unless the `whole` text was predicted.
     """
     return {
         "token_perplexity": _exp(nll / tokens),
-        "word_perplexity": _exp(nll / words),
-        "bits_per_byte": nll / math.log(2) / bytes,
+        "word_perplexity": _exp(nll / words) if whole else None,
+        "bits_per_byte": nll / math.log(2) / bytes if whole else None,
     }
 
 

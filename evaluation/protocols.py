@@ -5,6 +5,9 @@ counted in the first window that reaches it. Carried: a document is read once, i
 states handed on, so that every token has all of its document before it. Where one window covers
 the document the two agree.
 
+A model that may read a prefix in both directions is scored in windows behind that prefix: of what
+it saw, it predicts nothing.
+
 Rows of unlike length are padded at their ends, where a causal model cannot be reached by what
 stands there, and a row whose document has ended leaves the batch: no pass needs document numbers.
 A leaky model, which would see the padding, gets none.
@@ -51,6 +54,7 @@ def score_windowed(
     *,
     window: int | None,
     stride: int | None = None,
+    prefix: int = 0,
     batch_size: int = 8,
     progress: Advance | None = None,
 ) -> TextScore:
@@ -60,33 +64,48 @@ def score_windowed(
         model: is in evaluation mode for the call.
         documents: each is read alone.
         window: places per window; None reads every document as one window.
-        stride: places from one window to the next, 1..window; None is half a window. A token has
-            at least `window - stride` tokens of context where its document has as many.
+        stride: places from one window to the next, 1..window - prefix; None is half a window or,
+            if less, `window - prefix`. A token has at least `window - stride` tokens of context
+            where its document has as many.
+        prefix: leading places of every window that the model may read in both directions. What
+            they would predict they may have seen, so that the first `prefix` tokens of a document
+            are not scored.
         batch_size: windows per forward pass.
         progress: is told after every pass how many more tokens have been counted.
 
     Raises:
-        ValueError: a window, stride or batch size out of its range, or an empty document.
+        ValueError: a window, stride, prefix or batch size out of its range, or an empty document.
     """
     documents, lengths = _read(documents)
     _check(batch_size=batch_size, window=window, stride=stride)
     if window is None and stride is not None:
         raise ValueError(f"stride={stride} without a window; give both or neither")
     size = window or max(lengths)
-    step = stride or max(1, size // 2)
-    if step > size:
-        raise ValueError(f"stride={step}; allowed: up to the window, {size}")
-    spans = [span for d, n in enumerate(lengths) for span in windows(d, n, size, step)]
+    if not 0 <= prefix < size:
+        raise ValueError(f"prefix={prefix}; allowed: 0 to {size - 1}, less than the window")
+    step = stride or max(1, min(size // 2, size - prefix))
+    if step > size - prefix:
+        raise ValueError(f"stride={step}; allowed: up to {size - prefix}, window less prefix")
+    spans = [
+        span
+        for d, n in enumerate(lengths)
+        if n > prefix
+        for span in windows(d, n, size, step, prefix)
+    ]
+    if not spans:
+        raise ValueError(f"prefix={prefix}: no document is longer, there is nothing to score")
     spans.sort(key=lambda span: -span.length)  # memory peaks in the first pass
     filled = 1.0 if model.causal == "leaky" else FILLED
     sums = torch.zeros(len(lengths), dtype=torch.float64)
     with evaluation_mode(model):
         for rows in _batches(spans, batch_size, filled):
             batch = _collate(documents, rows)
-            h, _ = model.hidden(batch.inputs.to(model.head_weight.device))
+            inputs = batch.inputs.to(model.head_weight.device)
+            opened = inputs.new_full((len(rows),), prefix) if prefix else None
+            h, _ = model.hidden(inputs, prefix_len=opened)
             _count(sums, model, h, batch, progress)
-    scores = _scores(documents, sums)
-    return TextScore("windowed", scores, window, None if window is None else step)
+    scores = _scores(documents, sums, prefix)
+    return TextScore("windowed", scores, window, None if window is None else step, prefix=prefix)
 
 
 @torch.no_grad()
@@ -117,9 +136,14 @@ def score_carried(
     return TextScore("carried", _scores(documents, sums), chunk=chunk)
 
 
-def windows(document: int, length: int, window: int, stride: int) -> Iterator[Span]:
-    """The windows over a document of `length` places: each counts what no earlier one reached."""
-    counted = 0
+def windows(
+    document: int, length: int, window: int, stride: int, prefix: int = 0
+) -> Iterator[Span]:
+    """The windows over a document of `length` places: each counts what no earlier one reached.
+
+    With stride <= window - prefix this lies behind the window's own prefix.
+    """
+    counted = prefix
     for begin in range(0, length, stride):
         end = min(begin + window, length)
         yield Span(document, begin, counted, end)
@@ -200,9 +224,11 @@ def _count(
         progress(len(nll))
 
 
-def _scores(documents: Sequence[Document], sums: Tensor) -> tuple[DocumentScore, ...]:
+def _scores(
+    documents: Sequence[Document], sums: Tensor, prefix: int = 0
+) -> tuple[DocumentScore, ...]:
     return tuple(
-        DocumentScore(d.title, nll, len(d.ids) - 1, d.words, d.bytes)
+        DocumentScore(d.title, nll, max(0, len(d.ids) - 1 - prefix), d.words, d.bytes)
         for d, nll in zip(documents, sums.tolist(), strict=True)
     )
 

@@ -17,7 +17,9 @@ class Settings:
         protocol: of text: "windowed", "carried" or "both"; see evaluation/protocols.py.
         window: places of a window; "train" is as many as in training, "document" is every
             document in one window.
-        stride: places between windows; None is half a window.
+        stride: places between windows; None is half a window, less where a prefix needs it.
+        prefix: windowed: leading places of each window that a mixer with causal = "prefix" reads in
+            both directions, and whose tokens are not scored; None is as many as in training.
         chunk: places that the carried protocol reads at once.
         batch_size: windows or documents side by side. Recall examples are read `batch_size *
             chunk` tokens at a time.
@@ -34,6 +36,7 @@ class Settings:
     protocol: Literal["windowed", "carried", "both"] = "both"
     window: int | Literal["train", "document"] = "train"
     stride: int | None = None
+    prefix: int | None = None
     chunk: int = 512
     batch_size: int = 8
     samples: int = 2
@@ -64,6 +67,8 @@ class Settings:
                 raise ConfigError(
                     f"eval.{name}={getattr(self, name)}: expected null or a number of at least 1"
                 )
+        if self.prefix is not None and not _at_least(self.prefix, 0):
+            raise ConfigError(f"eval.prefix={self.prefix}: expected null or a number of at least 0")
         self._check_pairs()
 
     def _check_pairs(self) -> None:

@@ -43,10 +43,18 @@ def _text_table(result: dict[str, Any]) -> Table:
 
 
 def _rates(score: dict[str, Any]) -> list[str]:
-    perplexities = (score["token_perplexity"], score["word_perplexity"])
-    return [f"{p:,.2f}" if p < 1e6 else f"{p:.3g}" for p in perplexities] + [
-        f"{score['bits_per_byte']:.4f}"
+    """The three figures; "-" for those of the whole text where a prefix was left out."""
+    bits = score["bits_per_byte"]
+    return [
+        *(_perplexity(score[name]) for name in ("token_perplexity", "word_perplexity")),
+        "-" if bits is None else f"{bits:.4f}",
     ]
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def _official(sizes: dict[str, Any]) -> str:
@@ -89,6 +97,13 @@ def _remarks(result: dict[str, Any]) -> list[str]:
             "LEAKY: this model sees the future, its figures are no prediction: "
             + result["model"]["leak_reason"]
         )
+    for name, score in result.get("protocols", {}).items():
+        if score["prefix"]:
+            remarks.append(
+                f"{name}: each window begins with {score['prefix']} places that are read in both "
+                f"directions where a mixer can, and the first {score['prefix']} tokens of every "
+                f"document are not scored; compare with models under eval.prefix={score['prefix']}"
+            )
     if result.get("text", {}).get("oov_rate"):
         remarks.append(
             f"{result['text']['oov_rate']:.2%} of the tokens stand for words outside the "

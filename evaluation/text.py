@@ -99,6 +99,9 @@ def score_text(
                 "tokens": len(document.ids) - 1,
                 "words": document.words,
                 "bytes": document.bytes,
+                "scored_tokens": {
+                    name: score.documents[d].tokens for name, score in scores.items()
+                },
                 "nll": {name: score.documents[d].nll for name, score in scores.items()},
                 "unigram_nll": float(text.unigram[d]),
             }
@@ -142,11 +145,22 @@ def _score(
         return score_carried(model, text.documents, chunk=settings.chunk, **shared)
     window = settings.window
     size = {"train": train_length, "document": None}[window] if isinstance(window, str) else window
-    if size is not None and settings.stride is not None and settings.stride > size:
+    prefix = settings.prefix or 0
+    longest = max(len(document.ids) - 1 for document in text.documents)
+    places = longest if size is None else size
+    if prefix >= min(places, longest):
         raise ConfigError(
-            f"eval.stride={settings.stride}: allowed: up to eval.window={window}, {size} places"
+            f"eval.prefix={prefix}: allowed: less than eval.window={window} ({places} places) and "
+            f"than the longest document ({longest})"
         )
-    return score_windowed(model, text.documents, window=size, stride=settings.stride, **shared)
+    if settings.stride is not None and settings.stride > places - prefix:
+        raise ConfigError(
+            f"eval.stride={settings.stride}: allowed: up to {places - prefix}, "
+            f"eval.window={window} less eval.prefix={prefix}"
+        )
+    return score_windowed(
+        model, text.documents, window=size, stride=settings.stride, prefix=prefix, **shared
+    )
 
 
 def _encode(corpus: Corpus, split: Split, tokenizer: Tokenizer) -> tuple[list[Document], float]:

@@ -42,6 +42,7 @@ class Attention(MultiHeadMixer):
     """
 
     bounded_state = False
+    time_exponent = 2.0
     state_type = KVCache
 
     def __init__(

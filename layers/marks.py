@@ -1,4 +1,4 @@
-"""What a layer says about its own parameters: who initialises them and whether they decay.
+"""What a layer says about its own parameters: who initialises them, and how they are trained.
 
 The marks live on the module that owns the parameter, not on the tensor: attributes of a tensor
 are lost by deepcopy, by moving a model to another device and by building it on "meta".
@@ -12,14 +12,22 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Marks:
-    """`decay`: weight decay applies. `own_init`: the model's initialiser keeps away."""
+    """`decay`: weight decay applies. `own_init`: the model's initialiser keeps away. `max_lr`: the
+    peak learning rate is this where the optimizer's is higher."""
 
     decay: bool = True
     own_init: bool = False
+    max_lr: float | None = None
 
 
-def mark(module: nn.Module, *names: str, decay: bool = True, own_init: bool = False) -> None:
-    """Mark the parameters `names` that `module` itself owns.
+def mark(
+    module: nn.Module,
+    *names: str,
+    decay: bool = True,
+    own_init: bool = False,
+    max_lr: float | None = None,
+) -> None:
+    """Mark the parameters `names` that `module` itself owns, see Marks.
 
     Raises:
         AttributeError: `module` has no parameter of that name.
@@ -28,7 +36,7 @@ def mark(module: nn.Module, *names: str, decay: bool = True, own_init: bool = Fa
     for name in names:
         if name not in module._parameters:
             raise AttributeError(f"{type(module).__name__} has no parameter {name!r} to mark")
-        marks[name] = Marks(decay=decay, own_init=own_init)
+        marks[name] = Marks(decay, own_init, max_lr)
 
 
 def marked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Marks]]:

@@ -19,6 +19,8 @@ class Mixer(nn.Module, ABC):
         leak_reason: where a leaky mixer sees the future, in one line; empty for the others.
         supports_segments: whether `segments` may be given.
         state_type: the class of its state.
+        time_exponent, memory_exponent: training time and memory grow no faster than these powers
+            of the length, but for logarithms.
         bounded_state: whether the state's size is independent of the length seen. A mixer for
             which it depends on an option sets an instance attribute of the same name.
     """
@@ -27,6 +29,8 @@ class Mixer(nn.Module, ABC):
     leak_reason: ClassVar[str] = ""
     supports_segments: ClassVar[bool] = True
     state_type: ClassVar[type] = object
+    time_exponent: ClassVar[float] = 1.0
+    memory_exponent: ClassVar[float] = 1.0
     bounded_state: bool
     d_model: int
 

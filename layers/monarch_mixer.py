@@ -51,6 +51,8 @@ class MonarchMixer(LongConvMixer):
         ValueError: sizes that do not fit, or an unknown transform.
     """
 
+    time_exponent = 1.5
+
     def __init__(
         self,
         d_model: int,

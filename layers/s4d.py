@@ -58,6 +58,8 @@ class S4D(Mixer):
         init: of A: "lin", "inv", "quad", "real" (no oscillation) or "legs" (S4's own spectrum).
         dt_min, dt_max: steps start log-uniform between these.
         output: "glu" or "none", y itself.
+        max_lr: peak learning rate of log_dt, log_A_real and A_imag where the optimizer's is
+            higher; None: no bound.
         projection: makes W.
         backend: "auto", "torch", or "reference": the recurrence, token by token.
 
@@ -82,6 +84,7 @@ class S4D(Mixer):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         output: Literal["glu", "none"] = "glu",
+        max_lr: float | None = 1e-3,
         projection: Projection = Dense,
         backend: str = "auto",
     ) -> None:
@@ -106,7 +109,11 @@ class S4D(Mixer):
             nn.Parameter(torch.empty(d_model, d_state // 2)) for _ in range(2)
         )
         self.out_proj = projection(d_model, 2 * d_model, True) if output == "glu" else None
-        mark(self, "log_dt", "log_A_real", "A_imag", "D", decay=False, own_init=True)
+        if max_lr is not None and max_lr <= 0:
+            raise ValueError(f"max_lr={max_lr}: expected above 0, or None")
+        system = ("log_dt", "log_A_real", "A_imag")
+        mark(self, *system, decay=False, own_init=True, max_lr=max_lr)
+        mark(self, "D", decay=False, own_init=True)
         mark(self, "C", own_init=True)
         self.reset_parameters()
 

@@ -42,7 +42,7 @@ class RunFolder:
         Raises:
             ConfigError: there is no run.
         """
-        run = cls(Path(path))
+        run = cls(Path(path).expanduser())
         if not run.path.is_dir():
             raise ConfigError(f"{path}: there is no such folder; expected the folder of a run")
         for file in (run.config_path, run.record_path):
@@ -167,7 +167,7 @@ def check_free(path: str | Path) -> None:
     """
     if not is_first_process():  # the first may have made it by now
         return
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run_dir={path} is a file; expected a folder that can be made")
     if (path / "config.yaml").exists() or (path / "run.json").exists():

@@ -1,6 +1,6 @@
 """Whether a composed configuration can work, told before any data is read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from records.folder import RunFolder, check_free
 from schema.errors import ConfigError
 from schema.groups import SCHEMAS
-from schema.names import suggest
+from schema.names import check_pattern
 from schema.types import faults
 
 
@@ -38,8 +38,9 @@ def check(cfg: DictConfig, config_name: str = "config") -> None:
     if config_name == "eval":
         with _named("eval"):
             instantiate(cfg.eval)
-    else:
-        _check_pattern(values["pattern"], values["mixers"], values["model"]["num_layers"])
+    elif config_name == "config":
+        check_pattern(values["pattern"], values["mixers"])
+        _check_depth(values["pattern"], values["model"]["num_layers"])
         _check_training(cfg)
 
 
@@ -90,12 +91,8 @@ def _run_folder(key: str, path: str) -> None:
         raise ConfigError(f"{key}={error}") from None
 
 
-def _check_pattern(pattern: str | Sequence[str], mixers: Sequence[str], num_layers: int) -> None:
-    names = [pattern] if isinstance(pattern, str) else pattern
-    for name in names:
-        if name not in mixers:
-            raise ConfigError(f"pattern={pattern}: no mixer {name!r}; {suggest(name, mixers)}")
-    if not 0 < len(names) <= num_layers:
+def _check_depth(pattern: str | list[str], num_layers: int) -> None:
+    if isinstance(pattern, list) and not 0 < len(pattern) <= num_layers:
         raise ConfigError(
             f"pattern={pattern}: expected 1 to model.num_layers={num_layers} names; it repeats"
         )

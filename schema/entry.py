@@ -11,10 +11,11 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, ListConfig, open_dict
 
 from schema.compose import CONF, VERSION_BASE, compose, compose_all, register_mixers
 from schema.errors import ConfigError
+from schema.names import check_pattern
 
 EXIT_CODE = 2  # of a command line that asks for something impossible, as of argparse
 
@@ -70,6 +71,9 @@ def _check_command_line(arguments: Namespace, config_name: str) -> None:
         compose(config_name, arguments.overrides)
         return
     wanted = list(compose_all(config_name, arguments.overrides, arguments.multirun))
+    for cfg in wanted:
+        if isinstance(cfg.get("pattern"), (str, ListConfig)):  # of another type: see check
+            check_pattern(cfg.pattern, cfg.mixers)
     from schema.check import check, check_here  # imports torch: names are checked before
 
     for cfg in wanted:

@@ -107,4 +107,24 @@ class Eval:
     files: list[str] | None = None
 
 
-SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval}
+@dataclass
+class Bench:
+    """conf/bench.yaml: what bench.py takes; see benchmarks.bench.Plan."""
+
+    op: str | None
+    mixer: str | list[str] | None
+    overrides: list[str]
+    sizes: dict[str, int] | None
+    modes: list[Literal["forward", "training", "decode"]]
+    lengths: list[Positive]
+    dtype: Precision
+    rounds: Annotated[int, Between(3)]
+    max_spread: Annotated[float, Between(1)]
+    patience: Annotated[float, Between(0)]
+    accelerator: Accelerator
+    threads: Positive | None
+    keep_pages: bool
+    out: str | None
+
+
+SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval, "bench": Bench}

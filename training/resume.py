@@ -1,7 +1,7 @@
 """Going on with a run: what may be changed, where it starts, and that its data are the same."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from records.checkpoints import step_of
 from records.folder import RunFolder, now
+from records.machine import machine, versions
 from schema.errors import ConfigError
 from training.scores import scores
 
@@ -44,8 +45,7 @@ class Resumed:
     @property
     def scores(self) -> dict[str, float]:
         """Of the evaluation that ended the run."""
-        (task, *_) = self.folder.evaluations()
-        return scores(self.folder.evaluation(task))
+        return scores(self.folder.evaluation(self.folder.record()["data"]["name"]))
 
     @property
     def finished(self) -> bool:
@@ -91,6 +91,18 @@ def check_data(folder: RunFolder, facts: dict[str, Any]) -> None:
             raise ConfigError(
                 f"resume={folder.path}: the {split} data is not what the run was trained on; "
                 f"expected {recorded.get(split)}, found {found}"
+            )
+
+
+def differences(record: dict[str, Any]) -> Iterator[str]:
+    """A line for each thing that may round otherwise here than where the run was started."""
+    here = {**versions(), **{key: machine()[key] for key in ("cpu", "threads", "accelerators")}}
+    there = {**record["versions"], **record["machine"]}
+    for key in ("torch", "cpu", "threads", "accelerators"):
+        if here.get(key) != there.get(key):
+            yield (
+                f"{key} is {here.get(key)}, was {there.get(key)} when the run started: its numbers "
+                "may differ in their last bits from those of a run that was not stopped"
             )
 
 

@@ -19,7 +19,7 @@ from tasks.base import Batch, Task
 from training.callbacks.signals import Interrupted
 from training.module import Training
 from training.optim import ParameterGroups
-from training.resume import Resumed, check_data, reopen
+from training.resume import Resumed, check_data, differences, reopen
 from training.rng import isolated_generators
 
 
@@ -77,7 +77,7 @@ def open_folder(
     if not is_first_process():
         return RunFolder(Path())  # is never written to
     pattern = cfg.pattern if isinstance(cfg.pattern, str) else "-".join(cfg.pattern)
-    path = new_path(task.name, pattern) if cfg.run_dir is None else Path(cfg.run_dir)
+    path = new_path(task.name, pattern) if cfg.run_dir is None else Path(cfg.run_dir).expanduser()
     record = {
         "command": command(),
         "seed": cfg.seed,
@@ -112,6 +112,8 @@ def recorded(
             reopen(resumed)
             start = "no checkpoint, from the start" if resumed.step == 0 else f"step {resumed.step}"
             say(f"going on with {folder.path}: {start}")
+            for line in differences(resumed.folder.record()):
+                say(line)
         try:
             yield entries
         except Interrupted as interruption:

@@ -16,7 +16,7 @@ from training.data import loader_of
 from training.module import Training
 
 FILES = {str(p.relative_to(CONF).with_suffix("")) for p in CONF.rglob("*.yaml")}
-COMMANDS = {"config", "eval"}
+COMMANDS = {"config", "eval", "bench"}
 EVERYWHERE = {"shell", *(file for file in FILES if file.startswith("hydra/"))}
 MIXERS = {file for file in FILES if file.startswith("mixer/")}
 SWEEPS = {file for file in FILES if file.startswith("sweep/")}
@@ -76,6 +76,7 @@ def tiny(cfg: DictConfig, folder) -> DictConfig:
     with open_dict(cfg):
         for key, value in changes.items():
             OmegaConf.update(cfg, key, value, merge=False)
+    cfg.trainer.accelerator = "cpu"
     cfg.trainer.max_steps = cfg.trainer.validate_every = min(10, cfg.trainer.max_steps)
     check(cfg)
     check_here(cfg)
@@ -84,7 +85,16 @@ def tiny(cfg: DictConfig, folder) -> DictConfig:
 
 @pytest.mark.parametrize("composed", sorted((CHOICES | MIXERS) - RUNS), indirect=True)
 def test_it_trains(composed, tmp_path):
-    cfg = tiny(composed, tmp_path)
+    takes_a_step(tiny(composed, tmp_path))
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_every_mixer_trains_on_text(mixer, tmp_path):
+    """The default task, of test_it_trains, is recall."""
+    takes_a_step(tiny(compose("config", ["task=wikitext_small", *overrides_of(mixer)]), tmp_path))
+
+
+def takes_a_step(cfg):
     torch.manual_seed(0)
     task = instantiate(cfg.task)
     task.prepare()

@@ -108,6 +108,28 @@ def test_the_protocols_agree_when_a_window_is_a_document(text_run):
     assert carried == pytest.approx(windowed, rel=1e-4)  # the bar that the protocols are held to
 
 
+def test_a_model_that_reads_a_prefix_is_scored_behind_it(place, texts, capsys):
+    """By train.py and by eval.py, unless told otherwise; a causal model on the same positions."""
+    path = place / "prefix"
+    text = ("task=text", texts[0], "task.tokenizer=bytes", "task.seq_len=32", "pattern=jrt")
+    objective = ("objective=prefix_lm", "objective.prefix_len=8", "task.recipe.warmup_steps=1")
+    where = (f"data.cache={place / 'cache'}", f"run_dir={path}")
+    train(compose("config", [*text, *objective, *where, *SMALL]))
+    assert "windowed: each window begins with 8 places that are read in both" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert "validation/token_perplexity" in RunFolder(path).metrics()[-1]
+    windowed = RunFolder(path).evaluation("text")["protocols"]["windowed"]
+    assert windowed["prefix"] == 8
+    assert windowed["word_perplexity"] is None
+    assert evaluated(path)["protocols"]["windowed"] == windowed
+    assert evaluated(path, "eval.prefix=0")["protocols"]["windowed"]["tokens"] > windowed["tokens"]
+    with pytest.raises(ConfigError, match=r"eval.prefix=32: allowed: less than eval.window=train"):
+        evaluated(path, "eval.prefix=32")
+    with pytest.raises(ConfigError, match=r"eval.stride=25: allowed: up to 24, eval.window=train"):
+        evaluated(path, "eval.stride=25")
+
+
 def test_another_task_and_split_have_files_of_their_own(text_run, texts):
     own = RunFolder(text_run)
     other = evaluated(text_run, "task=text", texts[1], "eval.protocol=carried")

@@ -111,7 +111,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     path = tmp_path / "run"
     train_here(*TINY, f"run_dir={path}")
     run = RunFolder.open(path)
-    run.update_record(status="running")  # as after a kill
+    elsewhere = {**run.record()["machine"], "cpu": "Another One"}
+    run.update_record(status="running", machine=elsewhere)  # as after a kill
     newest = run.checkpoints.path(STEPS)
     newest.write_bytes(newest.read_bytes()[:-1000])
     capsys.readouterr()
@@ -119,10 +120,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     said = capsys.readouterr().out
     assert said.count(f"{newest.name} is damaged") == 1
     assert f"going on with {path}: step {STEPS - 10}" in said
+    assert said.count("was Another One when the run started: its numbers may differ") == 1
+    assert "threads is" not in said
     assert_equal_runs(run, whole)  # whose workers change nothing either
 
 
 def test_a_finished_run_is_left_alone(whole: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    whole.write_evaluation("another", {"kind": "text"})  # eval.py on another task
     before = {p: p.stat().st_mtime_ns for p in whole.path.rglob("*")}
     scores = train_here(f"resume={whole.path}")
     assert f"is finished: {STEPS} steps" in capsys.readouterr().out

@@ -47,15 +47,38 @@ def token_by_token(model, ids: np.ndarray, window: int, stride: int) -> float:
     data=st.data(),
 )
 def test_windows_count_every_place_once_with_the_promised_context(length, window, data):
-    stride = data.draw(st.integers(1, window))
+    prefix = data.draw(st.integers(0, min(length, window) - 1))
+    stride = data.draw(st.integers(1, window - prefix))
     counted = []
-    for span in windows(0, length, window, stride):
+    for span in windows(0, length, window, stride, prefix):
         assert 0 <= span.begin <= span.counted < span.end <= length
+        assert span.counted >= span.begin + prefix
         assert span.length <= window
         for place in range(span.counted, span.end):
             assert place - span.begin >= min(place, window - stride)
         counted += range(span.counted, span.end)
-    assert counted == list(range(length))
+    assert counted == list(range(prefix, length))
+
+
+def test_behind_a_prefix_only_what_was_not_seen_is_scored():
+    """Each token by a pass over its window, the window's own prefix read in both directions."""
+    window, stride, prefix = 11, 4, 5
+    docs = documents([3, 5, 6, 17, 40])
+    model = tiny_model(["conv", "jrt"], vocab_size=V).double().eval()
+    score = score_windowed(model, docs, window=window, stride=stride, prefix=prefix, batch_size=3)
+    for document, got in zip(docs, score.documents, strict=True):
+        expected = 0.0
+        for i in range(prefix + 1, len(document.ids)):
+            begin = max(0, math.ceil((i - window) / stride)) * stride
+            read = torch.as_tensor(document.ids[begin:i])[None]
+            logits, _ = model(read, prefix_len=torch.tensor([prefix]))
+            expected -= logits[0, -1].log_softmax(-1)[int(document.ids[i])].item()
+        assert got.tokens == max(0, len(document.ids) - 1 - prefix)
+        assert got.nll == pytest.approx(expected, rel=EXACT)
+    assert score.context == "7-11 tokens, behind a prefix of 5"
+    assert score.summary()["word_perplexity"] is None
+    causal = score_windowed(model, docs, window=window, stride=stride)
+    assert causal.nll != pytest.approx(score.nll, rel=1e-3)  # the prefix was read
 
 
 @pytest.mark.parametrize("pattern", [*MIXERS, HYBRID], ids=str)
@@ -143,7 +166,10 @@ def test_a_leaky_model_never_sees_padding(monkeypatch):
     ("options", "message"),
     [
         ({"window": 0}, "window=0; expected at least 1"),
-        ({"window": 4, "stride": 5}, "stride=5; allowed: up to the window, 4"),
+        ({"window": 4, "stride": 5}, "stride=5; allowed: up to 4, window less prefix"),
+        ({"window": 4, "prefix": 2, "stride": 3}, "stride=3; allowed: up to 2, window less"),
+        ({"window": 4, "prefix": 4}, "prefix=4; allowed: 0 to 3, less than the window"),
+        ({"window": 9, "prefix": 5}, "prefix=5: no document is longer"),
         ({"window": 4, "stride": 0}, "stride=0; expected at least 1"),
         ({"window": None, "stride": 4}, "stride=4 without a window"),
         ({"window": 4, "batch_size": 0}, "batch_size=0"),

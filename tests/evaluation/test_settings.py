@@ -21,6 +21,7 @@ def test_both_protocols_by_default():
         ({"stride": 0}, "eval.stride=0"),
         ({"window": 8, "stride": 9}, "eval.stride=9: allowed: up to eval.window=8"),
         ({"window": "document", "stride": 9}, "eval.stride=9 with eval.window=document"),
+        ({"prefix": -1}, "eval.prefix=-1"),
         ({"chunk": 0}, "eval.chunk=0"),
         ({"batch_size": 0}, "eval.batch_size=0"),
         ({"samples": -1}, "eval.samples=-1"),

@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import softplus
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import peak_bytes
 from kernels import BackendError, selective_scan
 from kernels.selective_scan import selective_scan_flops, tiles
 from kernels.selective_scan.tiles import STEPS
-from tests.memory import peak_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba_selective_scan.npz"
 BACKENDS = ("reference", "torch")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import peak_bytes
 from kernels import BackendError, ssd
 from kernels.ssd import chunked, spans, ssd_flops
 from kernels.ssd.flops import ssd_backward_flops
 from kernels.ssd.op import ssd_torch
 from kernels.ssd.reference import ssd_reference
-from tests.memory import peak_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BACKENDS = ("reference", "torch")

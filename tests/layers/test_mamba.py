@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.functional import softplus
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import peak_bytes
 from kernels import linear_cross_entropy
 from layers.channel_mixer import SwiGLU
 from layers.mamba import Mamba
 from layers.marks import marked_parameters
 from layers.norm import RMSNorm
 from models.language_model import LanguageModel
-from tests.memory import peak_bytes
 from tests.tiny import tiny_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba_block1.npz"

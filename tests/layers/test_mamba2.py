@@ -9,11 +9,11 @@ from scipy.stats import kstest, uniform
 from torch.nn.functional import linear, pad, silu, softplus
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import peak_bytes
 from layers.mamba2 import Mamba2
 from layers.marks import marked_parameters
 from layers.norm import RMSNorm
 from models.language_model import LanguageModel
-from tests.memory import peak_bytes
 from tests.tiny import tiny_model
 
 EXACT = 1e-12  # relative to the largest value: float64, sums of up to a hundred terms

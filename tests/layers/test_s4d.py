@@ -158,9 +158,12 @@ def test_initialisation_survives_the_model():
     assert layer.D.var().item() == pytest.approx(1, rel=0.3)
 
 
-def test_what_decays():
+def test_what_decays_and_whose_learning_rate_is_bounded():
     decays = {name: m.decay for name, _, m in marked_parameters(S4D(4))}
     assert {name for name, decay in decays.items() if decay} == {"C", "out_proj.weight"}
+    rates = {name: m.max_lr for name, _, m in marked_parameters(S4D(4)) if m.max_lr}
+    assert rates == {"log_dt": 1e-3, "log_A_real": 1e-3, "A_imag": 1e-3}
+    assert not any(m.max_lr for _, _, m in marked_parameters(S4D(4, max_lr=None)))
 
 
 def test_the_kernel_is_of_float32_under_autocast():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from layers.marks import mark
 from schema.errors import ConfigError
@@ -62,6 +63,27 @@ def test_only_the_decay_group_shrinks_without_a_gradient() -> None:
         torch.testing.assert_close(p, before[name] * 0.95, rtol=1e-6, atol=0)
     for name, p in groups.no_decay.items():
         assert torch.equal(p, before[name])
+
+
+def test_a_layer_bounds_the_rate_of_its_own_parameters() -> None:
+    model = tied_model()
+    mark(model[1], "A_log", decay=False, own_init=True, max_lr=1e-3)
+    groups = ParameterGroups.of(model)
+    assert groups.max_lr == {"1.A_log": 1e-3}
+    assert groups.describe().splitlines()[2] == (
+        "learning rate at most 0.001: 16 parameters in 1 tensors (1.A_log)"
+    )
+    for lr, expected in ((1e-2, 1e-3), (1e-4, 1e-4)):
+        optimizer = adamw(groups, lr=lr)
+        assert optimizer.param_groups[0]["lr"] == lr  # the one that is logged
+        rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+        assert len(rates) == 8
+        assert rates.pop(id(model[1].A_log)) == expected
+        assert set(rates.values()) == {lr}
+        LambdaLR(optimizer, lambda step: 0.5)  # a schedule multiplies both
+        rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+        assert rates.pop(id(model[1].A_log)) == 0.5 * expected
+        assert set(rates.values()) == {0.5 * lr}
 
 
 def test_fused_where_torch_has_it() -> None:

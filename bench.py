@@ -1,0 +1,63 @@
+"""Time an operator or a mixer beside its peers: `python bench.py op=<operator>`; see --help."""
+
+from omegaconf import DictConfig
+
+from schema.entry import command
+
+WIDTH = 110  # columns that a row needs
+
+
+def run(cfg: DictConfig) -> None:
+    """Measure what `cfg` asks for; print a table, write a CSV file and a picture.
+
+    Raises:
+        ConfigError: an unknown name or an impossible number; nothing was measured.
+    """
+    # Torch takes seconds to import, which a mistake on the command line need not wait for.
+    from dataclasses import fields
+    from pathlib import Path
+
+    import torch
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from benchmarks.bench import Plan, bench
+    from benchmarks.results import plot, print_rows, write_csv
+    from evaluation.load import choose_device
+    from records.folder import new_path
+    from records.machine import git_commit, machine, versions
+    from training.pages import keep_freed_pages
+
+    options = OmegaConf.to_container(cfg)
+    plan = Plan(**{f.name: options[f.name] for f in fields(Plan)})  # type: ignore[index]
+    device = choose_device(cfg.accelerator)
+    if cfg.keep_pages:
+        keep_freed_pages()
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(console.width, WIDTH))
+    with console.status("") as status:
+        rows = bench(plan, device, status.update)
+    here, commit = machine(), git_commit() or {}
+    facts = {
+        "subject": plan.subject,
+        "dtype": plan.dtype,
+        "device": here["accelerators"][0] if device.type == "cuda" else here["cpu"],
+        "simd": " ".join(here["simd"]),
+        "threads": torch.get_num_threads(),
+        "torch": versions()["torch"],
+        "commit": commit.get("commit", ""),
+        "dirty": commit.get("dirty", ""),
+    }
+    title = f"{plan.subject}, {plan.dtype}, {facts['device']}, {facts['threads']} threads"
+    print_rows(rows, title, console)
+    folder = Path(cfg.out) if cfg.out else new_path("bench", plan.subject)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "bench.csv", rows, facts)
+    plot(folder / "bench.png", rows, title)
+    console.print(f"written to {folder}: bench.csv, bench.png")
+
+
+if __name__ == "__main__":
+    command(run, "bench")()
