@@ -29,7 +29,7 @@ from layers.segments import place
 from layers.state import state_nbytes
 from models.language_model import LanguageModel
 from tests.kernels.compare import documents
-from tests.memory import peak_bytes
+from benchmarks.memory import peak_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = 1e-12  # relative to the largest value: float64, sums of up to a thousand terms
