@@ -3,6 +3,7 @@
 from kernels.attention import attention
 from kernels.causal_conv1d import causal_conv1d
 from kernels.dispatch import BackendError
+from kernels.estimated_sparse_attention import estimated_sparse_attention
 from kernels.linear_attention import linear_attention
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_nll
 from kernels.linear_recurrence import linear_recurrence
@@ -16,6 +17,7 @@ __all__ = [
     "BackendError",
     "attention",
     "causal_conv1d",
+    "estimated_sparse_attention",
     "linear_attention",
     "linear_cross_entropy",
     "linear_nll",

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, attention_flops
-from layers.kv_cache import KVCache, key_tags, newest
+from layers.kv_cache import KVCache, empty_cache, remember
 from layers.multihead import MultiHeadMixer
 from layers.projection import Dense, Projection
 from layers.report import Report
-from layers.segments import NO_DOCUMENT, Place, belongs, place
+from layers.segments import place
 
 
 class Attention(MultiHeadMixer):
@@ -91,19 +91,8 @@ class Attention(MultiHeadMixer):
         self.check_input(x, state, segments)
         where = place(x, state, segments)
         q, k, v = self.project(x, where.positions)
-        tags = segments
-        after = None
-        if state is not None:
-            if segments is not None or state.ragged:
-                tags = key_tags(state, state.filled, where, segments, x.shape[1])
-            if want_state and segments is None:
-                after = state.append(k, v, where)
-                k, v = after.k, after.v
-            else:
-                k, v = state.joined(k, v)
+        k, v, tags, after = remember(state, k, v, where, segments, want_state)
         y = attention(q, k.to(q.dtype), v.to(q.dtype), segments=tags, backend=self.backend)
-        if want_state and after is None:
-            after = _last_document(k, v, tags, where)
         return self.merge(y), after
 
     def new_state(
@@ -115,12 +104,8 @@ class Attention(MultiHeadMixer):
     ) -> KVCache:
         """No tokens; the first append takes memory for `max_len` of them at once."""
         device = self.device if device is None else device
-        # One zero seen as every slot: what the empty past holds is the number of slots.
-        slots = torch.zeros((), device=device, dtype=dtype or self.dtype).expand(
-            batch_size, max_len, self.num_kv_heads, self.key_dim
-        )
-        length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return KVCache(slots, slots, length, torch.full_like(length, NO_DOCUMENT), filled=0)
+        dtype = self.dtype if dtype is None else dtype
+        return empty_cache(batch_size, max_len, self.num_kv_heads, self.key_dim, device, dtype)
 
     def state_bytes(self, batch_size: int, length: int) -> int:
         """Keys and values of `length` slots, and two integers per row; spare room not counted."""
@@ -131,12 +116,3 @@ class Attention(MultiHeadMixer):
         """Projections, scores and weighted sums."""
         mixing = attention_flops(batch_size, length, self.num_heads, self.key_dim)
         return self.projection_flops(batch_size * length) + mixing
-
-
-def _last_document(k: Tensor, v: Tensor, tags: Tensor | None, where: Place) -> KVCache:
-    """What the call's keys leave behind: those of each row's last document."""
-    if tags is None:
-        return KVCache(k, v, where.length, where.last, filled=k.shape[1])
-    shortest, longest = torch.stack(where.length.aminmax()).tolist()
-    k, v = newest(belongs(tags, where.last), longest, k, v)
-    return KVCache(k, v, where.length, where.last, filled=longest, ragged=shortest < longest)

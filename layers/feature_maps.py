@@ -4,15 +4,18 @@ B batch, T time, H heads, K key width per head, F features per head. Every map c
 (float64 for float64 inputs) whatever the autocast, and returns that dtype.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from layers.marks import mark
 
 Activation = Literal["softmax", "exp", "exp_stable", "joint"]
 MapInit = Literal["identity", "kaiming_per_head", "zero_with_skip"]
+RandomKernel = Literal["relu", "exp"]
 
 SMALLEST_FEATURE = 1e-12
 
@@ -88,6 +91,104 @@ class TaylorFeatureMap(FeatureMap):
         for a, x_a in enumerate(x.split(1, dim=-1)):
             features += [x_a * x[..., :a], x_a * x_a * 0.5**0.5]
         return torch.cat(features, dim=-1)
+
+
+class PerformerFeatureMap(FeatureMap):
+    """Random features of a kernel, the same for all heads (Choromanski et al. 2021, Performers).
+
+    With x' = x / K^(1/4) and a random W (M, K),
+
+        relu    phi(x) = max(W x', 0) + 1e-3
+        exp     phi(x) = exp(W x' - |x'|^2 / 2) / sqrt(M), FAVOR+: the mean of phi(x).phi(y) over W
+                is exp(x.y / sqrt(K))
+
+    each a function of its own position alone. The rows of W are orthogonal within blocks of K and
+    as long as Gaussian vectors (section 3.2 there); they are drawn once and saved.
+
+    Differs from the public code in "exp": it subtracts a maximum over all positions from the keys'
+    exponents and adds 1e-4, which shows the future to the past; that form is `stabilised`. And in
+    W, whose directions are uniform here: there their signs are those that a QR leaves.
+
+    Args:
+        num_heads: H, for counting alone.
+        key_dim: K.
+        num_features: M; K ln K / 8, at least 1, by default.
+        kernel: "relu" or "exp".
+
+    Buffer: projection (M, K), W.
+
+    Raises:
+        ValueError: sizes below 1, or an unknown kernel.
+    """
+
+    projection: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        num_features: int | None = None,
+        *,
+        kernel: RandomKernel = "relu",
+    ) -> None:
+        super().__init__()
+        if num_features is None:
+            num_features = max(1, int(key_dim * math.log(max(key_dim, 1)) / 8))
+        if min(num_heads, key_dim, num_features) < 1:
+            raise ValueError(
+                f"num_heads={num_heads}, key_dim={key_dim}, num_features={num_features}: "
+                "each must be at least 1"
+            )
+        _check_choice("kernel", kernel, get_args(RandomKernel))
+        self.num_heads, self.num_features = num_heads, num_features
+        self.kernel: RandomKernel = kernel
+        self.register_buffer("projection", orthogonal_gaussian(num_features, key_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, K) -> (B, T, H, M)."""
+        product, half_square = self._exponents(x)
+        if self.kernel == "relu":
+            return product.relu() + 1e-3
+        return (product - half_square).exp() * self.num_features**-0.5
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """phi(x) / sum(phi(x)), for queries: normalised attention does not feel the factor."""
+        if self.kernel == "exp":  # without underflow, however long x is
+            return self._exponents(x)[0].softmax(-1)
+        features = self(x)
+        return features / features.sum(-1, keepdim=True)
+
+    def stabilised(self, x: Tensor, over: tuple[int, ...]) -> Tensor:
+        """The public code's FAVOR+: (exp(W x' - |x'|^2 / 2 - max) + 1e-4) / sqrt(M).
+
+        Args:
+            x: (B, T, H, K).
+            over: dimensions that the maximum of W x' is taken over: (3,) for queries, (1, 3) for
+                keys, where every feature then depends on all positions.
+        """
+        product, half_square = self._exponents(x)
+        exponents = product - half_square - product.amax(over, keepdim=True)
+        return (exponents.exp() + 1e-4) * self.num_features**-0.5
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.num_heads * self.projection.numel()
+
+    def _exponents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """W x' (..., M) and |x'|^2 / 2 (..., 1)."""
+        x = _widen(x)
+        x = x * x.shape[-1] ** -0.25
+        with torch.autocast(x.device.type, enabled=False):
+            product = linear(x, self.projection.to(x.dtype))
+        return product, x.square().sum(-1, keepdim=True) / 2
+
+
+def orthogonal_gaussian(rows: int, width: int) -> Tensor:
+    """(rows, width), orthogonal within blocks of `width` rows, each as long as a Gaussian one."""
+    blocks = -(-rows // width)
+    Q, R = torch.linalg.qr(torch.randn(blocks, width, width))
+    # Factorisations fix signs as they like: without these the directions are not uniform.
+    Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+    return Q.mT.flatten(0, 1)[:rows] * torch.randn(rows, width).norm(dim=1, keepdim=True)
 
 
 class HedgehogFeatureMap(FeatureMap):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layers.segments import DocumentState, Place
+from layers.segments import NO_DOCUMENT, DocumentState, Place, belongs
 
 
 class _Room:
@@ -89,6 +89,60 @@ def key_tags(
     old = torch.where(holds, past.segment.clamp(min=0)[:, None], -1)
     new = where.last[:, None].expand(-1, length) if segments is None else segments
     return torch.cat([old, new], dim=1)
+
+
+def empty_cache(
+    batch_size: int,
+    max_len: int,
+    heads: int,
+    width: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    value_width: int | None = None,
+) -> KVCache:
+    """No tokens; the first append takes memory for `max_len` of them at once.
+
+    `value_width` is that of keys by default.
+    """
+    # One zero seen as every slot: what the empty past holds is the number of slots.
+    k = torch.zeros((), device=device, dtype=dtype).expand(batch_size, max_len, heads, width)
+    v = k[..., : width if value_width is None else value_width]
+    length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    return KVCache(k, v, length, torch.full_like(length, NO_DOCUMENT), filled=0)
+
+
+def remember(
+    state: KVCache | None,
+    k: Tensor,
+    v: Tensor,
+    where: Place,
+    segments: Tensor | None,
+    want_state: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, KVCache | None]:
+    """Put a call's keys and values after those of the past.
+
+    Returns:
+        k and v of all slots (B, S + T, G, D); their document numbers (B, S + T), None where every
+        slot is of one document; and the cache after the call, if `want_state`.
+    """
+    tags = segments
+    if state is not None:
+        if segments is not None or state.ragged:
+            tags = key_tags(state, state.filled, where, segments, k.shape[1])
+        if want_state and segments is None:
+            after = state.append(k, v, where)
+            return after.k, after.v, tags, after
+        k, v = state.joined(k, v)
+    return k, v, tags, _last_document(k, v, tags, where) if want_state else None
+
+
+def _last_document(k: Tensor, v: Tensor, tags: Tensor | None, where: Place) -> KVCache:
+    """What the call's keys leave behind: those of each row's last document."""
+    if tags is None:
+        return KVCache(k, v, where.length, where.last, filled=k.shape[1])
+    shortest, longest = torch.stack(where.length.aminmax()).tolist()
+    k, v = newest(belongs(tags, where.last), longest, k, v)
+    return KVCache(k, v, where.length, where.last, filled=longest, ragged=shortest < longest)
 
 
 def newest(keep: Tensor, slots: int, *tensors: Tensor) -> list[Tensor]:

@@ -23,6 +23,8 @@ TINY: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 8},
     "hedgehog_window": {"window": 8},
     "based": {"key_dim": 6},
+    "sea": {"k_cells": 3, "num_cells": 16, "max_len": 100, "num_features": 6},
+    "sea_bidirectional": {"k_cells": 3, "num_cells": 16, "num_features": 6},
     "mamba2": {"head_dim": 8, "d_state": 8, "num_groups": 2, "chunk_size": 8},
 }
 

@@ -14,6 +14,9 @@ from tests.contract.subjects import NAMES, make_mixer
 LENGTHS = (2048, 4096, 8192, 16384)
 # Filters as long as the sequence: shorter ones would make long convolutions linear by themselves.
 LONG: dict[str, dict[str, Any]] = {name: {"max_len": 16384} for name in ("hyena", "monarch_mixer")}
+# Cells so many that the budget of a query is more than the one cell that it always gets.
+LONG |= {name: {"num_cells": 256, "k_cells": 64} for name in ("sea", "sea_bidirectional")}
+LONG["sea"]["max_len"] = 16384
 
 
 def mixer_of(name: str) -> Mixer:
