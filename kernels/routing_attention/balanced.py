@@ -82,7 +82,7 @@ def _documents(
     **options,
 ) -> tuple[Tensor, Tensor, Members | None]:
     """Every document as a row of its own."""
-    (B, T, H, D), K = q.shape, k_scores.shape[2]
+    B, T, H, D = q.shape
     y, count = q.new_zeros(B * T, H, D), k_scores.new_zeros(B * T, H, dtype=torch.int64)
     members = past
     if members is None and want_members:
@@ -157,7 +157,7 @@ def _one_document(
     scale: float,
 ) -> tuple[Tensor, Tensor, Members | None]:
     """`real` (B, T): which positions there are, the first of each row; None: all."""
-    B, T, H, D = q.shape
+    T = q.shape[1]
     P = 0 if past is None else past.k.shape[3]
     candidates = _candidates(k_scores, real, None if past is None else past.scores, filled)
     held = select(candidates, window)
@@ -235,7 +235,7 @@ def _queries(q: Tensor, chosen: Selection, P: int) -> tuple[Tensor, Tensor, Tens
 
     Where there are no more positions than slots, every position has one in every cluster.
     """
-    (B, T, H, D), (*_, K, M) = q.shape, chosen.index.shape
+    (B, T, H, _), (*_, K, M) = q.shape, chosen.index.shape
     new = chosen.real & (chosen.index >= P)
     if T > M:
         return _take(q, None, Selection((chosen.index - P).clamp(min=0), new)), chosen.index, new
@@ -254,7 +254,7 @@ def _average(out: Tensor, where: Tensor, alive: Tensor, T: int) -> tuple[Tensor,
         where: (B, H, K, Q) positions.
         alive: (B, H, K, Q) bool.
     """
-    B, H, K, Q, D = out.shape
+    B, H, _, Q, D = out.shape
     out = torch.where(alive[..., None], out, 0)
     if Q == T:  # a slot for every position
         total, count = out.sum(2), alive.sum(2)

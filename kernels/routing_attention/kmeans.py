@@ -19,12 +19,19 @@ def cluster_sums(
 
     Positions where `valid` (B, T) is False are left out.
     """
-    clusters = torch.arange(num_clusters, device=x.device)
-    member = labels[..., None] == clusters  # (B, T, H, K)
-    if valid is not None:
-        member = member & valid[..., None, None]
-    member = member.to(x.dtype)
+    member = _members(labels, num_clusters, valid).to(x.dtype)
     return torch.einsum("bthk,bthd->hkd", member, x), member.sum((0, 1))
+
+
+def histogram(labels: Tensor, num_clusters: int, valid: Tensor | None = None) -> Tensor:
+    """int64 (H, K): how many valid positions of labels (B, T, H) there are of each."""
+    return _members(labels, num_clusters, valid).sum((0, 1))
+
+
+def _members(labels: Tensor, num_clusters: int, valid: Tensor | None) -> Tensor:
+    """(B, T, H, K) bool."""
+    member = labels[..., None] == torch.arange(num_clusters, device=labels.device)
+    return member if valid is None else member & valid[..., None, None]
 
 
 def directions(sums: Tensor, centroids: Tensor) -> Tensor:

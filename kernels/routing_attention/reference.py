@@ -108,7 +108,8 @@ def _candidates(
     by_query = k_scores if q_scores is None else q_scores
     new = [k[b, at, h], v[b, at, h], k_scores[b, h, c, at], by_query[b, h, c, at]]
     if past is not None and old:
-        before = [past.k, past.v, past.scores, past.scores if q_scores is None else past.q_scores]
+        by_query = past.scores if past.q_scores is None else past.q_scores
+        before = [past.k, past.v, past.scores, by_query]
         new = [
             torch.cat([p[b, h, c, -old:].to(n.dtype), n]) for p, n in zip(before, new, strict=True)
         ]

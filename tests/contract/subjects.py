@@ -22,6 +22,8 @@ MODEL = {"d_model": 16, "num_layers": 2, "num_heads": 2}
 TINY: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 8},
     "based": {"key_dim": 6},
+    "routing": {"num_clusters": 3, "window": 5, "local_window": 8},
+    "routing_topw": {"num_clusters": 3, "window": 5, "local_window": 8},
     "mamba2": {"head_dim": 8, "d_state": 8, "num_groups": 2, "chunk_size": 8},
 }
 
