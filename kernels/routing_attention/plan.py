@@ -41,7 +41,9 @@ def make_plan(q_groups: Tensor, k_groups: Tensor, window: int, causal: bool, sha
     (B, T, H), S = q_groups.shape, k_groups.shape[1]
     tiles = Tiles.of(T, S, window, causal, shared)
     C = tiles.block
-    q_groups, k_groups = (g.transpose(1, 2).reshape(B * H, -1) for g in (q_groups, k_groups))
+    q_groups, k_groups = (
+        g.transpose(1, 2).reshape(B * H, -1).contiguous() for g in (q_groups, k_groups)
+    )
     ordered, order, index = _sort_keys(k_groups)
     low, high = _visible(ordered, q_groups, S, window, causal)
     own = index[:, S - T :]
