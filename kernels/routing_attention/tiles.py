@@ -5,7 +5,7 @@ T queries, S keys, W window.
 
 from typing import NamedTuple
 
-_LEAST_BLOCK, _MOST_BLOCK = 16, 64  # below, a product is overhead; above, much of it is masked
+_LEAST_BLOCK, _MOST_BLOCK = 16, 256  # below, a product is overhead
 
 
 class Tiles(NamedTuple):
@@ -20,7 +20,8 @@ class Tiles(NamedTuple):
     @classmethod
     def of(cls, queries: int, keys: int, window: int, causal: bool, shared: bool) -> "Tiles":
         """`shared`: no block of keys anchors more queries than it has keys."""
-        block = min(keys, max(_LEAST_BLOCK, min(window, _MOST_BLOCK)))
+        # Half a window: a third of the scores is masked, whatever the window.
+        block = min(keys, max(_LEAST_BLOCK, min(_ceil(window, 2), _MOST_BLOCK)))
         blocks = _ceil(keys, block)
         # Each block of keys that anchors a query may leave one chunk not full.
         anchors = min(blocks, queries)
