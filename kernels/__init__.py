@@ -10,6 +10,7 @@ from kernels.linear_recurrence import linear_recurrence
 from kernels.long_conv import long_conv
 from kernels.monarch import monarch, monarch_project
 from kernels.rms_norm import rms_norm
+from kernels.routing_attention import routing_attention
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
 
@@ -26,6 +27,7 @@ __all__ = [
     "monarch",
     "monarch_project",
     "rms_norm",
+    "routing_attention",
     "selective_scan",
     "ssd",
 ]

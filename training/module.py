@@ -73,6 +73,17 @@ class Training(LightningModule):
         self.tokens = batch["inputs"].numel() if segments is None else (segments >= 0).sum()
         return loss.total
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update the parameters, then what layers keep besides: those that have an `after_step`.
+
+        It is called once per update, however many micro-batches that is made of.
+        """
+        super().optimizer_step(*args, **kwargs)
+        for module in self.model.modules():
+            after_step = getattr(module, "after_step", None)
+            if after_step is not None:
+                after_step()
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,

@@ -25,6 +25,8 @@ TINY: dict[str, dict[str, Any]] = {
     "based": {"key_dim": 6},
     "sea": {"k_cells": 3, "num_cells": 16, "max_len": 100, "num_features": 6},
     "sea_bidirectional": {"k_cells": 3, "num_cells": 16, "num_features": 6},
+    "routing": {"num_clusters": 3, "window": 5, "local_window": 8},
+    "routing_topw": {"num_clusters": 3, "window": 5, "local_window": 8},
     "mamba2": {"head_dim": 8, "d_state": 8, "num_groups": 2, "chunk_size": 8},
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import peak_bytes
 from kernels import estimated_sparse_attention, linear_attention, linear_cross_entropy
 from kernels.causal_conv1d.documents import Documents
 from kernels.estimated_sparse_attention import cell_of_token
@@ -29,7 +30,6 @@ from layers.segments import place
 from layers.state import state_nbytes
 from models.language_model import LanguageModel
 from tests.kernels.compare import documents
-from benchmarks.memory import peak_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = 1e-12  # relative to the largest value: float64, sums of up to a thousand terms

@@ -1,0 +1,32 @@
+"""Which cluster a vector belongs to, by its angle to the centroids.
+
+B batch, T time, H heads, D head width, K clusters. Nothing here has a gradient or changes with
+autocast.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from kernels.precision import accumulation_dtype, outside_autocast
+
+EPS = 1e-6  # shorter vectors are scaled by 1 / EPS: a zero stays a zero, with a finite gradient
+
+
+@outside_autocast
+def unit(x: Tensor) -> Tensor:
+    """x over its length along the last dimension, float32 or float64; has a gradient."""
+    return normalize(x.to(accumulation_dtype(x)), dim=-1, eps=EPS)
+
+
+@torch.no_grad()
+@outside_autocast
+def similarities(x: Tensor, centroids: Tensor) -> Tensor:
+    """Cosines (B, H, K, T) of x (B, T, H, D) with the unit `centroids` (H, K, D)."""
+    dtype = accumulation_dtype(x)
+    return torch.matmul(centroids.to(dtype), unit(x.to(dtype)).permute(0, 2, 3, 1))
+
+
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """int64 (B, T, H): the cluster whose centroid is nearest by angle, the lowest among equals."""
+    return similarities(x, centroids).argmax(2).transpose(1, 2)
