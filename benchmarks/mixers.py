@@ -5,6 +5,7 @@ fast part of the contract suite and the tests that carry the mark `golden`, here
 """
 
 import argparse
+import copy
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -19,10 +20,13 @@ from schema.compose import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE_LENGTH, FLOPS_LENGTH = 65536, 8192
+LEAK_LENGTH, LEAK_CHANGED = 512, 64
 
 HEADER = (
     "mixer",
     "causal",
+    "earlier outputs changed",
+    "time, memory",
     "bounded state",
     "state at 64k",
     "MFLOPs/token at 8k",
@@ -71,18 +75,20 @@ class Outcomes:
 
 
 def rows(size: str, outcomes: Outcomes) -> list[tuple[str, ...]]:
-    """One row of the table for each mixer, built at model=`size` without memory for its weights."""
+    """One row of the table for each mixer, built at model=`size`."""
     cfg = compose("config", [f"model={size}"])
     table = []
+    torch.manual_seed(0)
     for name in outcomes.names:
-        with torch.device("meta"):
-            mixer: Mixer = instantiate(cfg.mixers[name])
+        mixer: Mixer = instantiate(cfg.mixers[name])
         tests = outcomes.passed[name] + outcomes.failed[name]
         golden = outcomes.golden[name]
         table.append(
             (
                 f"`{name}`",
                 mixer.causal + (f" ({mixer.leak_reason})" if mixer.leak_reason else ""),
+                f"{changed_share(mixer):.1%}",
+                f"T^{mixer.time_exponent:g}, T^{mixer.memory_exponent:g}",
                 "yes" if mixer.bounded_state else "no",
                 _bytes(mixer.state_bytes(1, STATE_LENGTH)),
                 f"{mixer.flops(1, FLOPS_LENGTH) / FLOPS_LENGTH / 1e6:.2f}",
@@ -94,6 +100,25 @@ def rows(size: str, outcomes: Outcomes) -> list[tuple[str, ...]]:
     return table
 
 
+@torch.no_grad()
+def changed_share(mixer: Mixer) -> float:
+    """Of the outputs before the last LEAK_CHANGED, the share that change with those inputs.
+
+    0 for a mixer that cannot see the future.
+    """
+    mixer = copy.deepcopy(mixer).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    kept = LEAK_LENGTH - LEAK_CHANGED
+    x, other = torch.randn(
+        2, 1, LEAK_LENGTH, mixer.d_model, dtype=torch.float64, generator=generator
+    )
+    y, changed = (
+        mixer(torch.cat([x[:, :kept], end[:, kept:]], 1))[0][:, :kept] for end in (x, other)
+    )
+    differs = (y - changed).abs().amax(-1) > 1e-9 * y.abs().max()
+    return differs.double().mean().item()
+
+
 def page(size: str, table: list[tuple[str, ...]], golden: dict[str, dict[str, bool]]) -> str:
     """The whole of docs/mixers.md."""
     d_model = compose("config", [f"model={size}"]).model.d_model
@@ -102,7 +127,11 @@ def page(size: str, table: list[tuple[str, ...]], golden: dict[str, dict[str, bo
         "",
         "Made by `python -m benchmarks.mixers`; do not edit.",
         "",
-        f"One layer at `model={size}` (width {d_model}), batch 1. The state is that after "
+        f"One layer at `model={size}` (width {d_model}), batch 1. Earlier outputs changed: the "
+        f"share of the first {LEAK_LENGTH - LEAK_CHANGED} outputs of {LEAK_LENGTH} that change when the "
+        f"last {LEAK_CHANGED} inputs are replaced, in float64 (beyond 1e-9 of the largest: a "
+        "convolution by FFT rounds). Time and memory: the powers of the length that training is "
+        "declared, and tested, not to exceed, but for logarithms. The state is that after "
         f"{STATE_LENGTH:,} tokens, in the parameters' dtype (fp32) where it holds activations and "
         "fp32 where it holds sums. FLOPs are those of a forward pass over "
         f"{FLOPS_LENGTH:,} tokens, divided by their number, as torch's FlopCounterMode counts "
