@@ -128,12 +128,12 @@ def page(size: str, table: list[tuple[str, ...]], golden: dict[str, dict[str, bo
         "Made by `python -m benchmarks.mixers`; do not edit.",
         "",
         f"One layer at `model={size}` (width {d_model}), batch 1. Earlier outputs changed: the "
-        f"share of the first {LEAK_LENGTH - LEAK_CHANGED} outputs of {LEAK_LENGTH} that change when the "
-        f"last {LEAK_CHANGED} inputs are replaced, in float64 (beyond 1e-9 of the largest: a "
-        "convolution by FFT rounds). Time and memory: the powers of the length that training is "
-        "declared, and tested, not to exceed, but for logarithms. The state is that after "
-        f"{STATE_LENGTH:,} tokens, in the parameters' dtype (fp32) where it holds activations and "
-        "fp32 where it holds sums. FLOPs are those of a forward pass over "
+        f"share of the first {LEAK_LENGTH - LEAK_CHANGED} outputs that change when the last "
+        f"{LEAK_CHANGED} of {LEAK_LENGTH} inputs are replaced, in float64 (beyond 1e-9 of the "
+        "largest: a convolution by FFT rounds). Time and memory: the powers of the length that "
+        "training is declared, and tested, not to exceed, but for logarithms. The state is that "
+        f"after {STATE_LENGTH:,} tokens, in the parameters' dtype (fp32) where it holds activations "
+        "and fp32 where it holds sums. FLOPs are those of a forward pass over "
         f"{FLOPS_LENGTH:,} tokens, divided by their number, as torch's FlopCounterMode counts "
         "them: a softmax over a causal triangle counts as the whole square.",
         "",
