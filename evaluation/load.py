@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from models.build import build_model
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from records.checkpoints import DamagedCheckpoint, read_checkpoint
 from records.folder import RunFolder
 from schema.errors import ConfigError
@@ -22,7 +22,7 @@ WEIGHTS = "model."  # what the names of the network's tensors in a checkpoint st
 class Trained:
     """A model, the prepared task it was trained on, and the checkpoint its weights are from."""
 
-    model: LanguageModel
+    model: TokenModel
     task: Task
     checkpoint: Path
 
@@ -53,7 +53,8 @@ def load(folder: RunFolder, checkpoint: str, cfg: DictConfig, device: torch.devi
         said = str(error).splitlines()[0]
         raise ConfigError(f"run={folder.path} was made by another version: {said}") from error
     own = {name.removeprefix(WEIGHTS): w for name, w in weights.items() if name.startswith(WEIGHTS)}
-    found, expected = len(own.get("embedding.weight", ())), len(model.embedding.weight)
+    name = next(n for n, p in model.named_parameters() if p is model.embedding.weight)
+    found, expected = len(own.get(name, ())), len(model.embedding.weight)
     if found != expected:
         raise ConfigError(
             f"checkpoint={path} has a vocabulary of {found} ids; "
