@@ -132,8 +132,8 @@ def page(size: str, table: list[tuple[str, ...]], golden: dict[str, dict[str, bo
         f"{LEAK_CHANGED} of {LEAK_LENGTH} inputs are replaced, in float64 (beyond 1e-9 of the "
         "largest: a convolution by FFT rounds). Time and memory: the powers of the length that "
         "training is declared, and tested, not to exceed, but for logarithms. The state is that "
-        f"after {STATE_LENGTH:,} tokens, in the parameters' dtype (fp32) where it holds activations "
-        "and fp32 where it holds sums. FLOPs are those of a forward pass over "
+        f"after {STATE_LENGTH:,} tokens, in the parameters' dtype (fp32) where it holds "
+        "activations and fp32 where it holds sums. FLOPs are those of a forward pass over "
         f"{FLOPS_LENGTH:,} tokens, divided by their number, as torch's FlopCounterMode counts "
         "them: a softmax over a causal triangle counts as the whole square.",
         "",

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from models.build import build_model, pattern_over_depth
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from schema.compose import CONF, compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def experiments() -> list[str]:
     return sorted(path.stem for path in (CONF / "experiment").glob(f"{PREFIX}*.yaml"))
 
 
-def full_size(name: str) -> tuple[DictConfig, LanguageModel]:
+def full_size(name: str) -> tuple[DictConfig, TokenModel]:
     """The configuration of an experiment and its model, on the device "meta"."""
     cfg = compose("config", [f"experiment={name}"])
     with torch.device("meta"):

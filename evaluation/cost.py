@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from models.generation import evaluation_mode
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 
 FLOP_LENGTHS = (1024, 8192)
 STATE_LENGTHS = (1024, 8192, 65536)
 
 
 def measure_cost(
-    model: LanguageModel,
+    model: TokenModel,
     *,
     batch_size: int = 1,
     context: int = 1024,
@@ -52,7 +52,7 @@ def measure_cost(
     }
 
 
-def parameters(model: LanguageModel) -> dict[str, int]:
+def parameters(model: TokenModel) -> dict[str, int]:
     """Counts: all, those of the embedding (and of the head where it is not tied), and the rest."""
     total = sum(p.numel() for p in model.parameters())
     embedding = model.embedding.weight.numel()
@@ -63,7 +63,7 @@ def parameters(model: LanguageModel) -> dict[str, int]:
 
 @torch.no_grad()
 def _speeds(
-    model: LanguageModel, batch_size: int, context: int, decode_tokens: int, repeats: int
+    model: TokenModel, batch_size: int, context: int, decode_tokens: int, repeats: int
 ) -> tuple[float, float]:
     """Tokens per second of prefill and of decoding, over all rows together."""
     device = model.head_weight.device

@@ -10,7 +10,7 @@ from evaluation.progress import Show, bars
 from evaluation.recall import pooled, score_slice
 from evaluation.settings import Settings
 from evaluation.text import read_text, sample, score_text
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from schema.errors import ConfigError
 from tasks.base import Split, Task
 from tasks.recall.task import Recall
@@ -18,7 +18,7 @@ from tasks.text.task import LanguageModelling
 
 
 def evaluate(
-    model: LanguageModel,
+    model: TokenModel,
     task: Task,
     split: Split = "test",
     settings: Settings | None = None,
@@ -60,7 +60,7 @@ def evaluate(
 
 
 def _text(
-    model: LanguageModel,
+    model: TokenModel,
     task: LanguageModelling,
     split: Split,
     settings: Settings,
@@ -81,7 +81,7 @@ def _text(
 
 
 def _recall(
-    model: LanguageModel, task: Recall, split: Split, settings: Settings, show: Show
+    model: TokenModel, task: Recall, split: Split, settings: Settings, show: Show
 ) -> dict[str, Any]:
     _check_vocabulary(model, task)
     task.prepare()
@@ -97,7 +97,7 @@ def _recall(
     }
 
 
-def _check_vocabulary(model: LanguageModel, task: Task) -> None:
+def _check_vocabulary(model: TokenModel, task: Task) -> None:
     if model.vocab_size != task.vocab_size:
         raise ConfigError(
             f"the model has a vocabulary of {model.vocab_size} ids, "
@@ -105,7 +105,7 @@ def _check_vocabulary(model: LanguageModel, task: Task) -> None:
         )
 
 
-def _model_facts(model: LanguageModel) -> dict[str, Any]:
+def _model_facts(model: TokenModel) -> dict[str, Any]:
     """Whether a figure may be trusted at all, and what it was computed in."""
     device, dtype = model.head_weight.device, model.head_weight.dtype
     if torch.is_autocast_enabled(device.type):

@@ -7,7 +7,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from models.restore import find_checkpoint, restore
 from records.folder import RunFolder
 from tasks.base import Task
@@ -17,7 +17,7 @@ from tasks.base import Task
 class Trained:
     """A model, the prepared task it was trained on, and the checkpoint its weights are from."""
 
-    model: LanguageModel
+    model: TokenModel
     task: Task
     checkpoint: Path
 

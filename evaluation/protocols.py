@@ -27,7 +27,7 @@ from evaluation.progress import Advance
 from kernels.linear_cross_entropy import linear_nll
 from layers.state import select_batch
 from models.generation import evaluation_mode
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from tasks.base import IGNORED, Document
 
 FILLED = 0.75  # of a batch's longest row that every row has at least: a bound on padding
@@ -49,7 +49,7 @@ class Span(NamedTuple):
 
 @torch.no_grad()
 def score_windowed(
-    model: LanguageModel,
+    model: TokenModel,
     documents: Sequence[Document],
     *,
     window: int | None,
@@ -110,7 +110,7 @@ def score_windowed(
 
 @torch.no_grad()
 def score_carried(
-    model: LanguageModel,
+    model: TokenModel,
     documents: Sequence[Document],
     *,
     chunk: int = 512,
@@ -159,7 +159,7 @@ class _Batch(NamedTuple):
 
 
 def _carry(
-    model: LanguageModel,
+    model: TokenModel,
     documents: Sequence[Document],
     group: Sequence[int],
     chunk: int,
@@ -209,7 +209,7 @@ def _collate(documents: Sequence[Document], rows: Sequence[Span]) -> _Batch:
 
 
 def _count(
-    sums: Tensor, model: LanguageModel, h: Tensor, batch: _Batch, progress: Advance | None
+    sums: Tensor, model: TokenModel, h: Tensor, batch: _Batch, progress: Advance | None
 ) -> None:
     """Add the NLL of every counted place to its document; the head reads these places alone.
 

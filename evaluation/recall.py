@@ -14,7 +14,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from models.generation import evaluation_mode
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from tasks.base import IGNORED
 from tasks.recall.task import RecallSlice
 
@@ -73,7 +73,7 @@ class SliceScore:
 
 
 @torch.no_grad()
-def score_slice(model: LanguageModel, part: RecallSlice, tokens_at_once: int) -> SliceScore:
+def score_slice(model: TokenModel, part: RecallSlice, tokens_at_once: int) -> SliceScore:
     """Read the examples of one slice, about `tokens_at_once` tokens per pass, at least a row.
 
     Raises:
@@ -115,7 +115,7 @@ def pooled(scores: Sequence[SliceScore]) -> SliceScore:
     )
 
 
-def predict(model: LanguageModel, h: Tensor) -> Tensor:
+def predict(model: TokenModel, h: Tensor) -> Tensor:
     """The most likely token (N,) after hidden vectors (N, D)."""
     parts = [
         nn.functional.linear(part, model.head_weight).argmax(-1) for part in h.split(HEAD_ROWS)

@@ -16,7 +16,7 @@ from evaluation.progress import Advance, Show
 from evaluation.protocols import score_carried, score_windowed
 from evaluation.settings import ProtocolName, Settings
 from models.generation import generate
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from schema.errors import ConfigError
 from tasks.base import Document, Split
 from tasks.text.corpus import Corpus, count_words, pieces
@@ -73,7 +73,7 @@ def read_text(task: LanguageModelling, split: Split, trained_on: LanguageModelli
 
 
 def score_text(
-    model: LanguageModel,
+    model: TokenModel,
     text: Text,
     settings: Settings,
     train_length: int,
@@ -110,7 +110,7 @@ def score_text(
     }
 
 
-def sample(model: LanguageModel, tokenizer: Tokenizer, settings: Settings) -> list[str]:
+def sample(model: TokenModel, tokenizer: Tokenizer, settings: Settings) -> list[str]:
     """Continuations of the prompt; greedy ones are all the same, so that there is one."""
     if settings.samples == 0:
         return []
@@ -133,7 +133,7 @@ def sample(model: LanguageModel, tokenizer: Tokenizer, settings: Settings) -> li
 
 
 def _score(
-    model: LanguageModel,
+    model: TokenModel,
     text: Text,
     protocol: ProtocolName,
     settings: Settings,

@@ -11,6 +11,7 @@ from torch import nn
 
 from layers.mixer import Mixer
 from layers.projection import Dense, Projection
+from models.interface import TokenModel
 from models.language_model import LanguageModel
 
 
@@ -26,11 +27,11 @@ def pattern_over_depth(pattern: str | Sequence[str], num_layers: int) -> list[st
     return [names[i % len(names)] for i in range(num_layers)]
 
 
-def build_model(cfg: DictConfig, vocab_size: int) -> LanguageModel:
+def build_model(cfg: DictConfig, vocab_size: int) -> TokenModel:
     """The model that `cfg` describes, initialised from torch's global generator.
 
-    Reads the nodes model, pattern, mixers, channel_mixer, norm, projection, projection_in and
-    extra_tokens.
+    Reads the nodes model, pattern, mixers, channel_mixer, norm, projection, projection_in,
+    extra_tokens and memory, without which there is none.
 
     Raises:
         ValueError: an option that the model or one of its layers does not allow.
@@ -43,7 +44,7 @@ def build_model(cfg: DictConfig, vocab_size: int) -> LanguageModel:
     mixers: list[Mixer] = [_layer(f"mixers.{n}", cfg.mixers[n], for_mixers) for n in names]
     channel_mixers = [_layer("channel_mixer", cfg.channel_mixer, for_channels) for _ in names]
     norm: Callable[[int], nn.Module] = instantiate(cfg.norm)
-    return LanguageModel(
+    model = LanguageModel(
         vocab_size,
         size.d_model,
         mixers,
@@ -54,6 +55,13 @@ def build_model(cfg: DictConfig, vocab_size: int) -> LanguageModel:
         embedding_dropout=size.embedding_dropout,
         extra_tokens=cfg.extra_tokens,
     )
+    memory = cfg.get("memory")
+    if memory is None or memory.get("_target_") is None:
+        return model
+    try:
+        return instantiate(memory)(model)
+    except ValueError as error:
+        raise ValueError(f"memory: {error}") from error
 
 
 def _layer(key: str, node: DictConfig, projection: Projection) -> Any:

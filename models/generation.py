@@ -5,16 +5,17 @@ B batch, T prompt length, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.language_model import LanguageModel, ModelState
+from models.interface import TokenModel
 
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    model: TokenModel,
     prompt: Tensor,
     *,
     max_new_tokens: int,
@@ -25,7 +26,7 @@ def generate(
     segments: Tensor | None = None,
     prefix_len: Tensor | None = None,
     generator: torch.Generator | None = None,
-    state: ModelState | None = None,
+    state: Any | None = None,
 ) -> Tensor:
     """Continue every row of `prompt`, one token at a time.
 
@@ -136,11 +137,11 @@ def _last_valid(h: Tensor, segments: Tensor | None) -> Tensor:
 
 
 def _check_prompt(
-    model: LanguageModel,
+    model: TokenModel,
     prompt: Tensor,
     segments: Tensor | None,
     prefix_len: Tensor | None,
-    state: ModelState | None,
+    state: Any | None,
 ) -> None:
     if prompt.ndim != 2 or prompt.shape[1] == 0 or prompt.is_floating_point():
         raise ValueError(

@@ -13,11 +13,12 @@ from layers.mixer import Mixer
 from layers.report import Report
 from models.block import Block
 from models.initialise import initialise
+from models.interface import TokenModel
 
 ModelState = tuple[Any, ...]  # one state per block, in order
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(TokenModel):
     """Embedding, residual blocks, final norm, linear head.
 
     The model keeps the mixer contract with tokens in place of vectors: state in, state out, any
@@ -82,14 +83,6 @@ class LanguageModel(nn.Module):
         return [block.mixer for block in self.blocks]  # type: ignore[union-attr]
 
     @property
-    def head_weight(self) -> Tensor:
-        """(V, D), whether tied or not."""
-        if self.head is not None:
-            return self.head.weight
-        weight = self.embedding.weight
-        return weight[: self.vocab_size] if self.extra_tokens else weight
-
-    @property
     def causal(self) -> str:
         """The weakest promise of any mixer: "leaky" over "prefix" over "strict"."""
         kinds = {mixer.causal for mixer in self.mixers}
@@ -120,19 +113,39 @@ class LanguageModel(nn.Module):
         want_state: bool = False,
         report: Report | None = None,
     ) -> tuple[Tensor, ModelState | None]:
-        """What the head reads: (B, T, D) after the final norm, and the state.
-
-        Arguments as in the mixer contract, with `tokens` int (B, T) in
-        [0, V + extra_tokens).
-
-        Raises:
-            ValueError: `tokens` is not (B, T) with T >= 1, or `state` has another depth.
-        """
+        """See TokenModel."""
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (B, T), T >= 1")
+        return self.read(
+            self.embed(tokens),
+            state,
+            segments=segments,
+            prefix_len=prefix_len,
+            want_state=want_state,
+            report=report,
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), what the first block reads."""
+        return self.embedding_dropout(self.embedding(tokens))
+
+    def read(
+        self,
+        x: Tensor,
+        state: ModelState | None = None,
+        *,
+        segments: Tensor | None = None,
+        prefix_len: Tensor | None = None,
+        want_state: bool = False,
+        report: Report | None = None,
+    ) -> tuple[Tensor, ModelState | None]:
+        """`hidden` of vectors x (B, T, D) that stand in the place of embedded tokens.
+
+        Raises:
+            ValueError: `state` has another depth.
+        """
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"state is of {len(state)} blocks; this model has {len(self.blocks)}")
-        x = self.embedding_dropout(self.embedding(tokens))
         states = []
         for i, block in enumerate(self.blocks):
             arguments: dict[str, Any] = {
@@ -150,31 +163,6 @@ class LanguageModel(nn.Module):
             states.append(after)
         return self.final_norm(x), tuple(states) if want_state else None
 
-    def forward(
-        self,
-        tokens: Tensor,
-        state: ModelState | None = None,
-        *,
-        segments: Tensor | None = None,
-        prefix_len: Tensor | None = None,
-        want_state: bool = False,
-        report: Report | None = None,
-    ) -> tuple[Tensor, ModelState | None]:
-        """Logits (B, T, V) of the next token at every position, and the state.
-
-        Training and scoring use `hidden` with linear_cross_entropy instead, which never holds
-        the logits of a whole batch.
-        """
-        h, state = self.hidden(
-            tokens,
-            state,
-            segments=segments,
-            prefix_len=prefix_len,
-            want_state=want_state,
-            report=report,
-        )
-        return nn.functional.linear(h, self.head_weight), state
-
     def new_state(
         self,
         batch_size: int,
@@ -190,7 +178,12 @@ class LanguageModel(nn.Module):
         return sum(mixer.state_bytes(batch_size, length) for mixer in self.mixers)
 
     def flops(self, batch_size: int, length: int) -> int:
-        """FLOPs of `forward` from the empty past, logits included, as FlopCounterMode counts."""
+        """See TokenModel."""
+        head = 2 * batch_size * length * self.d_model * self.vocab_size
+        return self.hidden_flops(batch_size, length) + head
+
+    def hidden_flops(self, batch_size: int, length: int) -> int:
+        """FLOPs of `hidden`: those of `flops` without the logits."""
         tokens = batch_size * length
         channel = sum(
             block.channel_mixer.flops(tokens)  # type: ignore[union-attr, operator]
@@ -198,4 +191,4 @@ class LanguageModel(nn.Module):
             if block.channel_mixer is not None
         )
         mixing = sum(mixer.flops(batch_size, length) for mixer in self.mixers)
-        return mixing + channel + 2 * tokens * self.d_model * self.vocab_size
+        return mixing + channel

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from models.build import build_model
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from records.checkpoints import DamagedCheckpoint, read_checkpoint
 from records.folder import RunFolder
 from schema.errors import ConfigError
@@ -30,7 +30,7 @@ def restore(
     cfg: DictConfig,
     vocab_size: int,
     data: Mapping[str, Any],
-) -> tuple[LanguageModel, Path]:
+) -> tuple[TokenModel, Path]:
     """The model of a run, and the checkpoint its weights are from.
 
     Args:
@@ -68,13 +68,14 @@ def read_weights(folder: RunFolder, checkpoint: str, data: Mapping[str, Any]) ->
     return Weights(own, path)
 
 
-def put_weights(model: LanguageModel, weights: Weights, data: Mapping[str, Any]) -> None:
+def put_weights(model: TokenModel, weights: Weights, data: Mapping[str, Any]) -> None:
     """Replace all parameters and buffers of `model`.
 
     Raises:
         ConfigError: they are of another vocabulary or network.
     """
-    found, expected = len(weights.tensors.get("embedding.weight", ())), len(model.embedding.weight)
+    name = next(n for n, p in model.named_parameters() if p is model.embedding.weight)
+    found, expected = len(weights.tensors.get(name, ())), len(model.embedding.weight)
     if found != expected:
         raise ConfigError(
             f"checkpoint={weights.path} has a vocabulary of {found} ids; "

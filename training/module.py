@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from layers.report import Report
 from models.build import build_model
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from training.objectives import Loss
 from training.optim import ParameterGroups
 
@@ -45,7 +45,7 @@ class Training(LightningModule):
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: TokenModel,
         objective: Objective,
         optimizer: Callable[[ParameterGroups], Optimizer],
         schedule: Callable[[int], float],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 from layers.report import Report
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from schema.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class NextToken:
     def __init__(self, auxiliary: Mapping[str, float] | None = None) -> None:
         self.auxiliary = dict(auxiliary or {})
 
-    def __call__(self, model: LanguageModel, batch: Mapping[str, Tensor], report: Report) -> Loss:
+    def __call__(self, model: TokenModel, batch: Mapping[str, Tensor], report: Report) -> Loss:
         """The loss of one batch; the (B, T, V) logits are never held.
 
         Args:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.linear_cross_entropy import linear_cross_entropy
 from layers.report import Report
 from layers.segments import inside_prefix
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from tasks.base import IGNORED
 from training.objectives import Loss, with_auxiliary
 
@@ -57,7 +57,7 @@ class PrefixLanguageModel:
         self.normalise = normalise
         self.auxiliary = dict(auxiliary or {})
 
-    def __call__(self, model: LanguageModel, batch: Mapping[str, Tensor], report: Report) -> Loss:
+    def __call__(self, model: TokenModel, batch: Mapping[str, Tensor], report: Report) -> Loss:
         """The loss of one batch of inputs and labels (B, T), optionally with segments (B, T)."""
         if model.extra_tokens < 1:
             raise ValueError(

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from layers.report import Report
-from models.language_model import LanguageModel
+from models.interface import TokenModel
 from records.folder import RunFolder, new_path
 from records.machine import command, git_commit, machine, versions
 from records.process import is_first_process
@@ -42,7 +42,7 @@ def rehearse(module: Training, loader: DataLoader) -> int:
     return example["inputs"].shape[1]
 
 
-def model_facts(model: LanguageModel, length: int) -> dict[str, Any]:
+def model_facts(model: TokenModel, length: int) -> dict[str, Any]:
     """Parameters; for one sequence of `length` tokens, forward FLOPs per token and state bytes."""
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -54,7 +54,7 @@ def model_facts(model: LanguageModel, length: int) -> dict[str, Any]:
     }
 
 
-def describe(model: LanguageModel, facts: dict[str, Any]) -> str:
+def describe(model: TokenModel, facts: dict[str, Any]) -> str:
     """The model and its parameter groups in three lines."""
     return (
         f"model: {facts['parameters']:,} parameters; of a sequence of {facts['length']} tokens "
