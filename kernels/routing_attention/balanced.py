@@ -4,6 +4,7 @@ B batch, T new positions, P past members of a cluster, H heads, D head width, K 
 M = min(W, P + T) members, Q = min(T, M) queries of a cluster.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,23 @@ class Members(NamedTuple):
     v: Tensor  # (B, H, K, W, D)
     scores: Tensor  # (B, H, K, W)
     q_scores: Tensor | None  # of the members among the queries; None: they are the same
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Members":
+        """`fn` of every tensor."""
+        q_scores = None if self.q_scores is None else fn(self.q_scores)
+        return Members(fn(self.k), fn(self.v), fn(self.scores), q_scores)
+
+    def with_rows(self, rows: Tensor, other: "Members", chosen: Tensor) -> "Members":
+        """These with the rows `chosen` of `other` in the place of `rows`."""
+
+        def put(x: Tensor, y: Tensor) -> Tensor:
+            return x.index_put((rows,), y[chosen])
+
+        q_scores = None
+        if self.q_scores is not None and other.q_scores is not None:
+            q_scores = put(self.q_scores, other.q_scores)
+        k, v = put(self.k, other.k), put(self.v, other.v)
+        return Members(k, v, put(self.scores, other.scores), q_scores)
 
 
 class Selection(NamedTuple):
@@ -100,10 +118,12 @@ def _documents(
         opens = first[row] == index[:, 0]
         own_past = own_filled = None
         if past is not None and filled is not None:
-            own_past = Members(*(None if x is None else x[row] for x in past))
+            own_past = past.map(lambda x, row=row: x[row])
             own_filled = torch.where(opens, filled[row], 0)
         part, seen, held = _one_document(
-            *(rows(x, index) for x in (q, k, v)),
+            rows(q, index),
+            rows(k, index),
+            rows(v, index),
             None if q_scores is None else score_rows(q_scores, index),
             score_rows(k_scores, index),
             real,
@@ -116,12 +136,7 @@ def _documents(
         count[index[real]] = seen[real]
         if members is not None and held is not None:
             ends = last[row] == segments.flatten()[index[:, 0]]
-            members = Members(
-                *(
-                    None if x is None or new is None else x.index_put((row[ends],), new[ends])
-                    for x, new in zip(members, held, strict=True)
-                )
-            )
+            members = members.with_rows(row[ends], held, ends)
     return y.view(q.shape), count.view(B, T, H), members if want_members else None
 
 

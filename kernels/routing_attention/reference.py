@@ -64,8 +64,7 @@ def balanced_reference(
     segments = torch.zeros(B, T, dtype=torch.int64) if segments is None else segments
     total = torch.zeros_like(q, dtype=accumulation_dtype(q, k, v))
     count = torch.zeros(B, T, H, dtype=torch.int64, device=q.device)
-    after = past or no_members(q, q_scores, k_scores, window)
-    after = Members(*(None if x is None else x.clone() for x in after))
+    after = (past or no_members(q, q_scores, k_scores, window)).map(Tensor.clone)
     for b, h, c in itertools.product(range(B), range(H), range(K)):
         numbers = [n for n in segments[b].unique().tolist() if n >= 0]
         for number in numbers:
