@@ -7,11 +7,26 @@ softmax attention, and kept where both have the same mixer.
 from collections.abc import Sequence
 
 from layers.attention import Attention
+from models.interface import TokenModel
 from models.language_model import LanguageModel
 from schema.errors import ConfigError
 
 # Options by which queries, keys and values of one set of projections come out differently.
 SHARED_OPTIONS = ("num_heads", "num_kv_heads", "key_dim", "value_dim", "rotary", "rotary_base")
+
+
+def plain_model(model: TokenModel, whose: str) -> LanguageModel:
+    """`model`, which has blocks to compare.
+
+    Raises:
+        ConfigError: it stands behind a memory.
+    """
+    if not isinstance(model, LanguageModel):
+        raise ConfigError(
+            f"memory: the {whose} is behind {type(model).__name__}; "
+            "objective=attention_transfer takes memory=none"
+        )
+    return model
 
 
 def converted_blocks(student: LanguageModel, teacher: LanguageModel) -> list[int]:

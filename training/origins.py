@@ -12,6 +12,7 @@ from records.checkpoints import checksum
 from records.folder import RunFolder
 from schema.errors import ConfigError
 from tasks.base import Task
+from training.conversion import plain_model
 from training.module import Training
 from training.resume import Resumed
 from training.rng import isolated_generators
@@ -46,7 +47,9 @@ def start_from(
             teacher, path = restore(
                 folder, checkpoint, folder.config(), task.vocab_size, task.facts()
             )
-            objective.attach(module.model, teacher, copy=fresh and source is None)
+            student = plain_model(module.model, "student")
+            teacher = plain_model(teacher, "teacher")
+            objective.attach(student, teacher, copy=fresh and source is None)
         origins["teacher"] = _facts(run, path)
         if resumed is not None:
             _check_teacher(resumed, origins["teacher"])

@@ -17,7 +17,12 @@ from layers.report import Report
 from models.language_model import LanguageModel
 from schema.errors import ConfigError
 from tasks.base import Task
-from training.conversion import converted_blocks, copy_weights, train_only_what_is_new
+from training.conversion import (
+    converted_blocks,
+    copy_weights,
+    plain_model,
+    train_only_what_is_new,
+)
 from training.module import Training
 from training.objectives import Loss, NextToken
 
@@ -190,7 +195,9 @@ def objective_scores(module: Training, task: Task) -> dict[str, float]:
     loader = DataLoader(
         task.validation_set(), batch_size=task.recipe.batch_size, collate_fn=task.collate
     )
-    return objective.score(module.model, islice(loader, objective.validation_batches))
+    return objective.score(
+        plain_model(module.model, "student"), islice(loader, objective.validation_batches)
+    )
 
 
 def _ablations(model: LanguageModel, batch: Mapping[str, Tensor]) -> dict[str, float]:
