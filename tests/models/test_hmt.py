@@ -156,6 +156,7 @@ def test_packed_and_padded_documents_are_as_each_alone(mixers):
     ids, more = tokens(3, DOCUMENTS.shape[1]), tokens(3, 2 * L, seed=2)
     together, state = model(ids, segments=DOCUMENTS, want_state=True)
     scored, _ = model(ids, segments=DOCUMENTS)
+    reported, _ = model(ids, segments=DOCUMENTS, report=Report())
     after, _ = model(more, state)
     for b in range(3):
         alone = ids[b : b + 1, :0]
@@ -167,14 +168,20 @@ def test_packed_and_padded_documents_are_as_each_alone(mixers):
             expected, _ = model(alone)
             assert_near(together[b, where], expected[0])
             assert_near(scored[b, where], expected[0])
+            assert_near(reported[b, where], expected[0])
         expected, _ = model(torch.cat([alone, more[b : b + 1]], dim=1))
         assert_near(after[b], expected[0, -2 * L :])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kind": "recurrent"}, {"kind": "off"}, {"kind": "off", "sensory_len": 0}],
+    ids=str,
+)
 @torch.no_grad()
-def test_documents_that_join_the_past_in_some_rows():
+def test_documents_that_join_the_past_in_some_rows(options):
     """In pieces: rows stand at unlike offsets, some go on, some start anew, some are padding."""
-    model = small("attention", "mamba")
+    model = small("attention", "mamba", **options)
     ids = tokens(3, DOCUMENTS.shape[1])
     whole, end = model(ids, segments=DOCUMENTS, want_state=True)
     valid = (DOCUMENTS >= 0)[..., None]
