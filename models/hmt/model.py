@@ -248,9 +248,9 @@ class HMT(TokenModel):
     def _of_rows(self, reading: Reading, streams: Streams, last: Tensor) -> HMTState:
         """The state of the rows, each of which ends in its last stream and the document `last`."""
         state = reading.state()
-        if streams.last is None:
+        if streams.packing is None:
             return replace(state, segment=last)
-        state = replace(select_batch(state, streams.last), segment=last)
+        state = replace(select_batch(state, streams.packing.last), segment=last)
         # A document before the last may have had more memories.
         held = int(state.closed.max().clamp(max=self.memory.max_memories))
         spare = state.memories.shape[1] - held
@@ -259,10 +259,10 @@ class HMT(TokenModel):
 
 def _of_streams(state: HMTState, streams: Streams) -> HMTState:
     """The past of every stream: its row's, or none where it is another document."""
-    if streams.row is None:
+    if streams.packing is None:
         return state
-    past = select_batch(state, streams.row)
-    carried = streams.carried
+    past = select_batch(state, streams.packing.row)
+    carried = streams.packing.carried
     return replace(
         past,
         memories=keep_rows(carried, past.memories),

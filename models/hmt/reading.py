@@ -89,24 +89,24 @@ class Reading:
 
     def outputs(self, streams: Streams) -> Tensor:
         """(B, T, D) of the call's tokens; zeros at padding."""
-        if not self.pieces:
-            return self.memories.new_zeros(*streams.valid.shape, self.memories.shape[2])
+        packing = streams.packing
         cuts = {tuple(turn.count for turn in plan) for plan in self.plans}
-        if streams.valid is None and len(cuts) == 1:
+        if packing is None and len(cuts) == 1:
             return torch.cat([piece for *_, piece in self.pieces], dim=1)
         address = np.zeros(streams.tokens.shape, dtype=np.int64)  # (S, U) into the flat pieces
-        base = 0
+        flat = [self.prompt.new_zeros(1, self.prompt.shape[1])]  # what padding reads
+        base = 1
         for rows, now, piece in self.pieces:
             for i, (s, turn) in enumerate(zip(rows, now, strict=True)):
                 first = base + i * piece.shape[1]
                 address[s, turn.begin : turn.begin + turn.count] = first + np.arange(turn.count)
             base += piece.shape[0] * piece.shape[1]
+            flat.append(piece.flatten(0, 1))
         where = torch.from_numpy(address).to(self.device)
-        flat = torch.cat([piece.flatten(0, 1) for *_, piece in self.pieces])
-        if streams.valid is None:
-            return flat[where]
-        h = flat[where[streams.stream, streams.position]]
-        return torch.where(streams.valid[..., None], h, 0)
+        if packing is not None:
+            where = where[packing.stream, packing.position]
+            where = torch.where(packing.valid, where, 0)
+        return torch.cat(flat)[where]
 
     def state(self) -> HMTState:
         """The past of the streams after the call; of no document that they end in."""
@@ -222,32 +222,40 @@ class Reading:
 
     def _read(self, now: list[Turn]) -> None:
         """Run the backbone over one round, and take the memories that it makes."""
-        opens, closes = [turn.opens for turn in now], [turn.closes for turn in now]
+        closes = [turn.closes for turn in now]
         parts, before = self._parts(now)
-        past, marks = (None if all(opens) else self.open), None
+        # Without memory embeddings a segment that was full may close with nothing to read.
+        h = self._backbone(parts, now) if parts else self.prompt[:, None][:, :0]
+        width = max(turn.count for turn in now)
+        self.pieces.append((self.rows, now, h[:, before : before + width]))
+        if any(closes) and self.memory.kind != "off":
+            self._remember(h[:, -1:], closes)
+
+    def _backbone(self, parts: Sequence[tuple[Tensor, list[int]]], now: Sequence[Turn]) -> Tensor:
+        """The hidden states of `parts`, after those of the segments that are open."""
+        opens = [turn.opens for turn in now]
+        past, marks = None if all(opens) else self.open, None
         alike = len({(turn.opens, turn.index > 0, turn.count, turn.closes) for turn in now}) == 1
-        # Rows that all begin here, and whose state nobody wants, differ at their ends alone.
-        unseen = all(opens) and not self.keep and self.backbone.causal != "leaky"
-        if not (alike or unseen):
+        # Rows that all begin here differ at their ends alone, which nothing sees if the backbone
+        # is causal, its state is not wanted and no layer reports on all positions.
+        quiet = not self.keep and self.report is None and self.backbone.causal != "leaky"
+        if not (alike or (all(opens) and quiet)):
             past = self.open
             self.number = self.number + self._tensor(opens)
             marks = self._marks([own for _, own in parts])
         elif all(opens):
             self.number = torch.zeros_like(self.number)
-        self.open = None
-        h = torch.cat([x for x, _ in parts], dim=1) if parts else self.prompt[:, None, :][:, :0]
-        if parts:
-            report = None if self.report is None else Report()
-            want = self.keep and not all(closes)
-            h, self.open = self.backbone.read(
-                h, past, segments=marks, want_state=want, report=report
-            )
-            if report is not None:
-                self.reports.append((report, sum(turn.count for turn in now)))
-        width = max(turn.count for turn in now)
-        self.pieces.append((self.rows, now, h[:, before : before + width]))
-        if any(closes) and self.memory.kind != "off":
-            self._remember(h[:, -1:], closes)
+        report = None if self.report is None else Report()
+        h, self.open = self.backbone.read(
+            torch.cat([x for x, _ in parts], dim=1),
+            past,
+            segments=marks,
+            want_state=self.keep and not all(turn.closes for turn in now),
+            report=report,
+        )
+        if report is not None:
+            self.reports.append((report, sum(turn.count for turn in now)))
+        return h
 
     def _parts(self, now: Sequence[Turn]) -> tuple[list[tuple[Tensor, list[int]]], int]:
         """What the backbone reads, (R, ., D) each with how many positions are each row's own.

@@ -14,6 +14,26 @@ from layers.segments import NO_DOCUMENT, forward_fill, positions
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Which row each stream comes from, and where it stood there.
+
+    Attributes:
+        row: (S,) the row of each stream.
+        carried: (S,) bool, the stream goes on from its row's state.
+        last: (B,) the stream that each row ends in.
+        stream, position: (B, T) where each token of the call stands among the streams.
+        valid: (B, T) bool, the position is no padding.
+    """
+
+    row: Tensor
+    carried: Tensor
+    last: Tensor
+    stream: Tensor
+    position: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
 class Streams:
     """Documents against the left edge, in the order in which the rows of the call hold them.
 
@@ -22,21 +42,12 @@ class Streams:
     Attributes:
         tokens: (S, U), zeros behind a stream's end.
         lengths: tokens of each stream.
-        row: (S,) the row that each stream comes from; None: streams are rows, as they were.
-        carried: (S,) bool, the stream goes on from its row's state; None: every stream does.
-        last: (B,) the stream that each row ends in; None as for `row`.
-        stream, position: (B, T) where each token of the call stands; None as for `row`.
-        valid: (B, T) bool, the position is no padding; None as for `row`.
+        packing: None where streams are the rows as they were.
     """
 
     tokens: Tensor
     lengths: list[int]
-    row: Tensor | None = None
-    carried: Tensor | None = None
-    last: Tensor | None = None
-    stream: Tensor | None = None
-    position: Tensor | None = None
-    valid: Tensor | None = None
+    packing: Packing | None = None
 
 
 def unpack(tokens: Tensor, segments: Tensor | None, carry: Tensor | None) -> Streams:
@@ -65,4 +76,4 @@ def unpack(tokens: Tensor, segments: Tensor | None, carry: Tensor | None) -> Str
     left[stream[valid], position[valid]] = tokens[valid]
     carried = torch.zeros_like(row, dtype=torch.bool)
     carried[first] = True if carry is None else carry
-    return Streams(left, lengths, row, carried, last, stream, position, valid)
+    return Streams(left, lengths, Packing(row, carried, last, stream, position, valid))

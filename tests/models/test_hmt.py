@@ -8,12 +8,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.attention import Attention
+from layers.channel_mixer import SwiGLU
+from layers.marks import marked_parameters
 from layers.report import Report
 from layers.state import select_batch, state_nbytes
+from models.build import build_model
 from models.generation import generate
 from models.hmt import HMT
 from models.hmt.turns import turns
 from models.language_model import LanguageModel
+from schema.check import check
+from schema.compose import compose
 from tests.models.hmt import SIZES, D, V, by_hand, small, tokens
 from tests.tiny import MIXERS, tiny_model
 
@@ -156,6 +161,7 @@ def test_packed_and_padded_documents_are_as_each_alone(mixers):
     ids, more = tokens(3, DOCUMENTS.shape[1]), tokens(3, 2 * L, seed=2)
     together, state = model(ids, segments=DOCUMENTS, want_state=True)
     scored, _ = model(ids, segments=DOCUMENTS)
+    reported, _ = model(ids, segments=DOCUMENTS, report=Report())
     after, _ = model(more, state)
     for b in range(3):
         alone = ids[b : b + 1, :0]
@@ -167,14 +173,20 @@ def test_packed_and_padded_documents_are_as_each_alone(mixers):
             expected, _ = model(alone)
             assert_near(together[b, where], expected[0])
             assert_near(scored[b, where], expected[0])
+            assert_near(reported[b, where], expected[0])
         expected, _ = model(torch.cat([alone, more[b : b + 1]], dim=1))
         assert_near(after[b], expected[0, -2 * L :])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kind": "recurrent"}, {"kind": "off"}, {"kind": "off", "sensory_len": 0}],
+    ids=str,
+)
 @torch.no_grad()
-def test_documents_that_join_the_past_in_some_rows():
+def test_documents_that_join_the_past_in_some_rows(options):
     """In pieces: rows stand at unlike offsets, some go on, some start anew, some are padding."""
-    model = small("attention", "mamba")
+    model = small("attention", "mamba", **options)
     ids = tokens(3, DOCUMENTS.shape[1])
     whole, end = model(ids, segments=DOCUMENTS, want_state=True)
     valid = (DOCUMENTS >= 0)[..., None]
@@ -326,6 +338,67 @@ def test_what_layers_report_is_a_mean_over_tokens_whatever_the_segments():
     assert report.losses["block0/width"].item() == pytest.approx(expected)
     # Of up to three memories: between one and three segments back.
     assert 1 <= report.stats["memory/recall_age"] <= N
+
+
+def test_the_parameters_that_it_adds():
+    model = small(recall_dim=24)
+    assert sum(p.numel() for p in model.memory.parameters()) == 2 * D * 24 + 2 * D
+    marks = {name: marks for name, _, marks in marked_parameters(model)}
+    assert not marks["memory.initial_memory"].decay
+    assert not marks["memory.summary_prompt"].decay
+    assert marks["memory.recall.q_proj.weight"].decay
+    embedded = model.embedding.weight.std()
+    for vector in (model.memory.initial_memory, model.memory.summary_prompt):
+        # The standard deviation of 16 normal numbers is right to 18%; three times that.
+        assert vector.std().item() == pytest.approx(embedded.item(), rel=0.55)
+
+
+def test_full_size_adds_one_percent():
+    cfg = compose("config", ["experiment=wikitext103_hmt"])
+    check(cfg)
+    with torch.device("meta"):
+        model = build_model(cfg, cfg.task.bpe_vocab_size)
+    assert isinstance(model, HMT)
+    extra = sum(p.numel() for p in model.memory.parameters())
+    share = extra / sum(p.numel() for p in model.backbone.parameters())
+    assert 0.005 < share < 0.02  # the paper's range
+    # Of long texts, over segments alone: 1 + (j + k + 4) / L times the positions, and a little
+    # less in FLOPs, as attention over the half of a segment costs less than half.
+    L, n = 990, 200
+    head = 2 * n * L * model.d_model * model.vocab_size
+    times = (model.flops(1, n * L) - head) / model.backbone.hidden_flops(n, L)
+    assert 1.45 < times < 1 + (495 + 32 + 4) / L
+
+
+def test_a_value_four_segments_back_is_recalled():
+    """Planted in the first segment, asked for in the fifth, among tokens that say nothing."""
+    values, size, steps = 8, 32, 120
+
+    def accuracy(kind: str) -> float:
+        torch.manual_seed(0)
+        layers = [Attention(size, num_heads=2) for _ in range(2)]
+        backbone = LanguageModel(
+            20, size, layers, [SwiGLU(size) for _ in layers], nn.RMSNorm, tie_embeddings=False
+        )
+        model = HMT(backbone, segment_len=6, kind=kind)  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+        right: list[Tensor] = []
+        for _ in range(steps):
+            ids = torch.randint(10, 18, (32, 25))
+            value = torch.randint(2, 2 + values, (32,))
+            ids[:, 2], ids[:, 3] = 1, value
+            ids[:, 23] = ids[:, 24] = 18  # the question, which the query of the fifth reads
+            logits = model(ids)[0][:, -1]
+            right.append(logits.argmax(-1) == value)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(logits, value).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return torch.cat(right[-10:]).float().mean().item()
+
+    assert accuracy("hierarchical") > 0.95
+    # Of 320 questions at chance, 1/8, a share of 0.125 + 4 standard errors is 0.2.
+    assert accuracy("off") < 0.2
 
 
 @pytest.mark.parametrize(
