@@ -134,6 +134,8 @@ def test_protocols_agree_where_a_window_covers_the_document(pattern):
     large = score_windowed(model, texts, window=1900, stride=1900)
     carried = score_carried(model, texts, chunk=257, batch_size=2)
     assert whole.nll == pytest.approx(large.nll, rel=1e-6)
+    if model.causal == "leaky":
+        return  # what it sees of the future depends on where a call ends
     # fp32 sums in another order differ by about 1e-6; the protocols are held to 1e-4
     assert carried.nll == pytest.approx(whole.nll, rel=1e-5)
 
