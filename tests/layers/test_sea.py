@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import peak_bytes
 from kernels import estimated_sparse_attention, linear_attention, linear_cross_entropy
 from kernels.causal_conv1d.documents import Documents
 from kernels.estimated_sparse_attention import cell_of_token
@@ -22,6 +23,7 @@ from layers.feature_maps import PerformerFeatureMap
 from layers.marks import marked_parameters
 from layers.norm import RMSNorm
 from layers.report import Report
+from layers.running_mean import running_mean
 from layers.sea import SEA
 from layers.sea_decoder import CausalDecoder, RowConv, pool_columns
 from layers.sea_estimator import EPS
@@ -29,7 +31,6 @@ from layers.segments import place
 from layers.state import state_nbytes
 from models.language_model import LanguageModel
 from tests.kernels.compare import documents
-from benchmarks.memory import peak_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = 1e-12  # relative to the largest value: float64, sums of up to a thousand terms
@@ -204,7 +205,7 @@ def stages(layer: SEA, x: Tensor) -> dict[str, Tensor]:
     scaled = q * layer.key_dim**-0.5
     context, _ = layer.estimator.context(scaled, k, v, where, None, None, False)
     mixed = layer._mix(q, k, v, where, None, None)
-    mean, _ = layer._running_mean(v, where, None, None, False)
+    mean, _ = running_mean(v, None, segments=None, want_state=False, backend="auto")
     maps = layer.attention_maps(x)
     return {
         "features": layer.estimator.feature_map(k),
