@@ -41,6 +41,7 @@ PUBLISHED = {
     "wikitext103_hyena": Published("125M", NONE, "test perplexity 18.6"),
     "wikitext103_mamba": Published("130M", NONE, "Pile only: 10.56 after 300B tokens"),
     "wikitext103_mamba2": Published("130M", NONE, "Pile only: 10.48 after 300B tokens"),
+    "wikitext103_sea": Published("125M", NONE, "WikiText-2 perplexity 26.0, converted from OPT"),
     "wikitext103_based": Published("360M", NONE, "Pile only"),
     "wikitext103_based_1300m": Published("1.3B", NONE, "Pile only"),
     "wikitext103_jrt": Published("360M", NONE, "Pile only"),

@@ -12,24 +12,25 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.estimated_sparse_attention import (
-    cell_starts,
     estimated_sparse_attention,
     estimated_sparse_attention_flops,
     visible,
 )
-from kernels.linear_attention import linear_attention, linear_attention_flops
 from layers.attention import Attention
 from layers.feature_maps import RandomKernel
 from layers.kv_cache import KVCache, empty_cache, remember
 from layers.multihead import MultiHeadMixer
 from layers.projection import Dense, Projection
 from layers.report import Report
+from layers.running_mean import running_mean, running_mean_flops
 from layers.sea_decoder import COLUMNS
 from layers.sea_estimator import Estimator, EstimatorState, Gates
 from layers.sea_losses import (
     Matrices,
     dense_scores,
     imitation_distances,
+    imitation_losses,
+    mask_statistics,
     sampled_distance,
     sampled_rows,
 )
@@ -39,8 +40,6 @@ from layers.state import state_nbytes
 
 Groups = Literal["causal_batch", "query"]
 Beyond = Literal["refuse", "last"]
-
-MEAN_EPS = 1e-12  # of the running mean, whose denominator counts tokens; padding alone needs it
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,21 +236,7 @@ class SEA(MultiHeadMixer):
         estimate, student = imitation_distances(
             given, teacher.key_dim**-0.5, self.key_dim**-0.5, segments
         )
-        error = (mixed.out - context).square().to(estimate.kl.dtype).mean((2, 3))
-        if segments is not None:
-            error = error[segments >= 0]
-        context_mse = error.sum() / max(1, error.numel())
-        logged = {
-            "kl": estimate.kl,
-            "mse": estimate.mse,
-            "student_kl": student.kl,
-            "student_mse": student.mse,
-            "context_mse": context_mse,
-            "entropy": estimate.entropy,
-            "teacher_entropy": estimate.teacher_entropy,
-        }
-        loss = estimate.loss + student.loss + context_mse
-        return {"loss": loss, **{name: value.detach() for name, value in logged.items()}}
+        return imitation_losses(estimate, student, mixed.out, context, segments)
 
     @torch.no_grad()
     def attention_maps(self, x: Tensor, *, segments: Tensor | None = None) -> AttentionMaps:
@@ -296,7 +281,7 @@ class SEA(MultiHeadMixer):
             self.k_cells,
             grouping=self.grouping,
         )
-        mean = linear_attention_flops(batch_size, length, self.num_kv_heads, 1, self.value_dim)
+        mean = running_mean_flops(batch_size, length, self.num_kv_heads, self.value_dim)
         estimator = self.estimator.flops(batch_size, length)
         return self.projection_flops(batch_size * length) + estimator + sparse + mean
 
@@ -341,46 +326,18 @@ class SEA(MultiHeadMixer):
             return_cells=True,
             backend=self.backend,
         )
-        mean, v_sum = self._running_mean(v, where, state, segments, want_state)
+        past = None
+        if state is not None:
+            past = keep_rows(where.carry, state.v_sum), keep_rows(where.carry, state.cache.length)
+        mean, v_sum = running_mean(
+            v, past, segments=segments, want_state=want_state, backend=self.backend
+        )
         attended, mean = attended.to(v.dtype), self._per_head(mean)
         out = gates.mix * (gates.prob * attended) + (1 - gates.mix) * mean
         after = None
         if cache is not None and estimator is not None and v_sum is not None:
             after = SEAState(cache, estimator, v_sum)
         return _Mixed(out, scores, cells, gates, keys, tags, after)
-
-    def _running_mean(
-        self,
-        v: Tensor,
-        where: Place,
-        state: SEAState | None,
-        segments: Tensor | None,
-        want_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mean of each document's values so far (B, T, G, K), and their sum (B, G, K).
-
-        It is linear attention in which every key is 1.
-        """
-        ones = torch.ones_like(v[..., :1])
-        past = None
-        if state is not None:
-            S = keep_rows(where.carry, state.v_sum)
-            count = keep_rows(where.carry, state.cache.length).to(S.dtype)
-            past = S[:, :, None], count[:, None, None].expand(-1, S.shape[1], 1)
-        mixed = linear_attention(
-            ones,
-            ones,
-            v,
-            eps=MEAN_EPS,
-            initial_state=past,
-            return_state=want_state,
-            segments=segments,
-            backend=self.backend,
-        )
-        if not isinstance(mixed, tuple):
-            return mixed, None
-        mean, (S, _) = mixed
-        return mean, S.squeeze(2)
 
     def _per_head(self, x: Tensor) -> Tensor:
         """(B, T, G, K) -> (B, T, H, K)."""
@@ -399,14 +356,9 @@ class SEA(MultiHeadMixer):
             )
             report.loss("estimation", found.loss)
             report.stat("estimate_kl", found.kl)
-        S = mixed.keys.shape[1]
-        seen = visible(B, T, S, causal=True, segments=mixed.tags, device=q.device)
-        widths = cell_starts(seen.lengths, self.num_cells).diff(dim=-1)
-        attended = (mixed.cells * widths[:, None]).sum(-1)  # (B, H, T)
-        valid = (seen.lengths > 0)[:, None].expand_as(attended)
-        count = valid.sum().clamp(min=1)
-        report.stat("tokens_attended", attended.sum() / count)
-        report.stat("empty_rows", ((attended == 0) & valid).sum() / count)
+        seen = visible(B, T, mixed.keys.shape[1], causal=True, segments=mixed.tags, device=q.device)
+        for name, value in mask_statistics(mixed.cells, seen).items():
+            report.stat(name, value)
 
 
 def check_cells(k_cells: int, num_cells: int, max_len: int) -> None:

@@ -1,4 +1,5 @@
-"""What teaches SEA's estimator: the distance of its picture from an attention matrix.
+"""What teaches SEA's estimator, the distance of its picture from an attention matrix, and what its
+mask is like.
 
 B batch, T time, S keys, H heads, K key width per head, V value width per head, M cells, t queries
 of a chunk, L tokens that a query sees.
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.estimated_sparse_attention import Visible, stretch, visible
+from kernels.estimated_sparse_attention import Visible, cell_starts, stretch, visible
 
 KL_WEIGHT = 0.1  # of a KL divergence beside the mean squared error of the same two matrices
 _CHUNK = 1 << 22  # scores of a chunk of queries, B and H included
@@ -153,6 +154,52 @@ def imitation_distances(
         total = total + sums
     estimate, dense = (_means(x, T * H, seen) for x in total)
     return estimate, dense
+
+
+def imitation_losses(
+    estimate: Distance,
+    student: Distance,
+    out: Tensor,
+    context: Tensor,
+    segments: Tensor | None,
+) -> dict[str, Tensor]:
+    """The sum that is minimised and, without gradient, what it is made of.
+
+    Args:
+        estimate, student: of the estimate and of dense attention from the teacher's.
+        out, context: (B, T, H, V), what student and teacher attended to.
+        segments: int (B, T) or None; padding does not count.
+    """
+    error = (out - context).square().to(estimate.kl.dtype).mean((2, 3))
+    if segments is not None:
+        error = error[segments >= 0]
+    context_mse = error.sum() / max(1, error.numel())
+    logged = {
+        "kl": estimate.kl,
+        "mse": estimate.mse,
+        "student_kl": student.kl,
+        "student_mse": student.mse,
+        "context_mse": context_mse,
+        "entropy": estimate.entropy,
+        "teacher_entropy": estimate.teacher_entropy,
+    }
+    loss = estimate.loss + student.loss + context_mse
+    return {"loss": loss, **{name: value.detach() for name, value in logged.items()}}
+
+
+def mask_statistics(cells: Tensor, seen: Visible) -> dict[str, Tensor]:
+    """Tokens that a query and head attends to in the mean, and the share that attends to none.
+
+    `cells` bool (B, H, T, M), those chosen.
+    """
+    widths = cell_starts(seen.lengths, cells.shape[3]).diff(dim=-1)  # (B, T, M) tokens of each cell
+    attended = (cells * widths[:, None]).sum(-1)
+    valid = (seen.lengths > 0)[:, None].expand_as(attended)
+    count = valid.sum().clamp(min=1)
+    return {
+        "tokens_attended": attended.sum() / count,
+        "empty_rows": ((attended == 0) & valid).sum() / count,
+    }
 
 
 def _places(
