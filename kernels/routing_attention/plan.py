@@ -26,7 +26,8 @@ class Plan(NamedTuple):
     tiles: Tiles
     keys: Tensor  # (N, (reach + n + ahead) * C) row of each sorted key; any row at the padding
     place: Tensor  # (N, S) where in `keys` each position's key stands
-    queries: Tensor  # (N * M, C) row of each slot's query, B*T*H in empty slots
+    queries: Tensor  # (N * M, C) row of each slot's query; any row in empty slots
+    slots: Tensor  # (B*T*H,) slot of each query among all N * M * C
     anchor: Tensor  # (N * M,) first block in `keys`, over all N rows, that the chunk reads
     low: Tensor  # (N * M, C) first column of the chunk's keys that the query sees
     high: Tensor  # (N * M, C) the column after the last
@@ -49,13 +50,14 @@ def make_plan(q_groups: Tensor, k_groups: Tensor, window: int, causal: bool, sha
     own = index[:, S - T :]
     # A shared query's own key ends its run, and no block has more than C of them.
     last = own if shared else (_end_of_past(ordered, q_groups, S) - 1).clamp(min=0)
-    slot = _slots(last // C, tiles)
+    ends = last // C
+    slot = _slots(ends, tiles)
 
     def in_slots(x: Tensor, fill: int) -> Tensor:
         empty = x.new_full((B * H, tiles.chunks * C), fill)
         return empty.scatter_(1, slot, x).view(-1, C)
 
-    block = in_slots(last // C, 0).amax(1, keepdim=True)  # (N * M, 1), of the chunk
+    block = in_slots(ends, 0).amax(1, keepdim=True)  # (N * M, 1), of the chunk
     first = (block - tiles.reach) * C  # the sorted key of column 0
     width = tiles.reach + tiles.blocks + tiles.ahead
     row = torch.arange(B * H, device=order.device)[:, None]
@@ -66,7 +68,8 @@ def make_plan(q_groups: Tensor, k_groups: Tensor, window: int, causal: bool, sha
         tiles,
         keys,
         index + tiles.reach * C,
-        in_slots(_rows(positions, B, H), B * T * H),
+        in_slots(_rows(positions, B, H), 0),
+        (row * tiles.chunks * C + slot).view(B, H, T).transpose(1, 2).flatten(),
         (row * width + block.view(B * H, -1)).flatten(),
         in_slots(low, 0) - first,
         in_slots(high, 0) - first,

@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     """Some chunks, with what they read: queries are scaled, and zeros stand in empty slots."""
 
     span: slice  # of the N * M chunks
-    rows: Tensor  # (p * C,) of the queries, the one behind the last in empty slots
+    rows: Tensor  # (p * C,) of the queries
     blocks: Tensor  # (p, J / C) of the sorted keys
     q: Tensor  # (p, C, D)
     k: Tensor  # (p, J, D)
@@ -48,19 +48,19 @@ def strict_forward(
     (B, T, H, D), exact = q.shape, accumulation_dtype(q, k, v)
     plan = make_plan(q_groups, k_groups, window, causal, shared)
     dtype = matmul_dtype(q, k, v)
-    y, lse = q.new_empty(B * T * H + 1, D), q.new_empty(B * T * H + 1, 1, dtype=exact)
+    shape = plan.queries.shape
+    y, lse = q.new_empty(*shape, D), q.new_empty(*shape, 1, dtype=exact)
     sorted_v, own_v = _sorted(v, plan, dtype), _own(v, T)
     for piece in _pieces(q, k, plan, last_resort, scale, dtype):
         scores, own = _scores(piece, exact)
         most = torch.maximum(scores.amax(-1, keepdim=True), own)
         weights, own = scores.sub_(most).exp_(), own.sub_(most).exp_()
         total = weights.sum(-1, keepdim=True).add_(own)
-        values = sorted_v[piece.blocks].flatten(1, 2)  # (p, J, D)
+        values = _read(sorted_v, piece.blocks)
         out = torch.bmm(weights.to(dtype), values).to(exact)
         out.addcmul_(own, _gather(own_v, piece, exact)).div_(total)
-        y.index_copy_(0, piece.rows, out.flatten(0, 1).to(y.dtype))
-        lse.index_copy_(0, piece.rows, (most + total.log_()).flatten(0, 1))
-    return y[:-1].view(B, T, H, D), lse[:-1].view(B, T, H, 1)
+        y[piece.span], lse[piece.span] = out, most.add_(total.log_())
+    return _from_slots(y, plan).view(B, T, H, D), _from_slots(lse, plan).view(B, T, H, 1)
 
 
 @outside_autocast
@@ -80,11 +80,11 @@ def strict_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the weights are made again from their sums."""
-    (B, T, H, D), exact = q.shape, accumulation_dtype(q, k, v)
+    (_, T, _, D), exact = q.shape, accumulation_dtype(q, k, v)
     plan = make_plan(q_groups, k_groups, window, causal, shared)
     dtype = matmul_dtype(q, k, v)
     sorted_v, own_v = _sorted(v, plan, dtype), _own(v, T)
-    dq = q.new_empty(B * T * H + 1, D, dtype=exact)
+    dq = q.new_empty(*plan.queries.shape, D, dtype=exact)
     own_dk, own_dv = torch.empty_like(dq), torch.empty_like(dq)
     sorted_dk, sorted_dv = (torch.zeros_like(sorted_v, dtype=exact) for _ in range(2))
     flat_grad, flat_y, flat_lse = grad.reshape(-1, D), y.reshape(-1, D), lse.reshape(-1, 1)
@@ -95,17 +95,16 @@ def strict_backward(
         g = _gather(flat_grad, piece, exact)
         mean = (g * _gather(flat_y, piece, exact)).sum(-1, keepdim=True)
         own_g = (g * _gather(own_v, piece, exact)).sum(-1, keepdim=True).sub_(mean).mul_(own)
-        values = sorted_v[piece.blocks].flatten(1, 2)
+        values = _read(sorted_v, piece.blocks)
         low_g = g.to(dtype)
         _add(sorted_dv, piece, torch.bmm(weights.to(dtype).mT, low_g))
         d_scores = torch.bmm(low_g, values.mT).to(exact).sub_(mean).mul_(weights).to(dtype)
         _add(sorted_dk, piece, torch.bmm(d_scores.mT, piece.q))
         d_q = torch.bmm(d_scores, piece.k).to(exact).addcmul_(own_g, piece.own_k.to(exact))
-        dq.index_copy_(0, piece.rows, d_q.mul_(scale).flatten(0, 1))
-        own_dk.index_copy_(0, piece.rows, (own_g * piece.q).flatten(0, 1))
-        own_dv.index_copy_(0, piece.rows, (own * g).flatten(0, 1))
-    dk = _unsorted(sorted_dk, own_dk, plan, k)
-    return dq[:-1].view(q.shape).to(q.dtype), dk, _unsorted(sorted_dv, own_dv, plan, v)
+        dq[piece.span] = d_q.mul_(scale)
+        own_dk[piece.span], own_dv[piece.span] = own_g * piece.q, own * g
+    dk, dv = _unsorted(sorted_dk, own_dk, plan, k), _unsorted(sorted_dv, own_dv, plan, v)
+    return _from_slots(dq, plan).view(q.shape).to(q.dtype), dk, dv
 
 
 def _pieces(
@@ -121,20 +120,19 @@ def _pieces(
     column = torch.arange(J, device=q.device)
     for start in range(0, len(plan.anchor), step):
         span = slice(start, start + step)
-        rows = plan.queries[span]
+        rows = plan.queries[span].flatten()
         low, high, own = (x[span, :, None] for x in (plan.low, plan.high, plan.own))
         blocks = plan.anchor[span, None] + offset
         seen = (column >= low) & (column < high) & (column != own)
-        index = rows.flatten().clamp(max=len(flat_q) - 1)
         alone = ~seen.any(-1, keepdim=True) if last_resort else torch.ones_like(seen[..., :1])
         shape = (-1, C, D)
         yield Piece(
             span,
-            rows.flatten(),
+            rows,
             blocks,
-            flat_q[index].to(dtype).mul_(scale).view(shape),
-            sorted_k[blocks].flatten(1, 2),
-            own_k[index].to(dtype).view(shape),
+            flat_q.index_select(0, rows).to(dtype).mul_(scale).view(shape),
+            _read(sorted_k, blocks),
+            own_k.index_select(0, rows).to(dtype).view(shape),
             seen,
             alone,
         )
@@ -149,8 +147,18 @@ def _scores(piece: Piece, exact: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _sorted(x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """x (B, S, H, D) in the order of the keys, in blocks: (blocks of all rows, C, D)."""
-    rows = x.reshape(-1, x.shape[3])[plan.keys.flatten()]
+    rows = x.reshape(-1, x.shape[3]).index_select(0, plan.keys.flatten())
     return rows.to(dtype).view(-1, plan.tiles.block, x.shape[3])
+
+
+def _read(blocks: Tensor, ids: Tensor) -> Tensor:
+    """(p, J, D): the blocks (., C, D) that each of p chunks reads, ids (p, J / C), in a row."""
+    return blocks.index_select(0, ids.flatten()).view(len(ids), -1, blocks.shape[2])
+
+
+def _from_slots(x: Tensor, plan: Plan) -> Tensor:
+    """(B*T*H, .): the queries' rows of x (N * M, C, .)."""
+    return x.flatten(0, 1).index_select(0, plan.slots)
 
 
 def _own(x: Tensor, T: int) -> Tensor:
@@ -160,8 +168,7 @@ def _own(x: Tensor, T: int) -> Tensor:
 
 def _gather(x: Tensor, piece: Piece, exact: torch.dtype) -> Tensor:
     """Rows of x (B*T*H, .) for the piece's queries: (p, C, .)."""
-    index = piece.rows.clamp(max=len(x) - 1)
-    return x[index].to(exact).view(*piece.alone.shape[:2], -1)
+    return x.index_select(0, piece.rows).to(exact).view(*piece.alone.shape[:2], -1)
 
 
 def _add(total: Tensor, piece: Piece, part: Tensor) -> None:
@@ -173,10 +180,11 @@ def _add(total: Tensor, piece: Piece, part: Tensor) -> None:
 
 def _unsorted(total: Tensor, own: Tensor, plan: Plan, x: Tensor) -> Tensor:
     """Gradient of x (B, S, H, D): that of its sorted copy, and of the queries' own keys."""
-    (B, S, H, D), T = x.shape, (len(own) - 1) // (x.shape[0] * x.shape[2])
+    B, S, H, D = x.shape
     width = plan.keys.shape[1]
     row = torch.arange(B * H, device=x.device)[:, None] * width
-    grad = total.view(-1, D)[(row + plan.place).flatten()]  # (N * S, D)
-    grad = grad.view(B, H, S, D).transpose(1, 2).contiguous()
-    grad[:, S - T :] += own[:-1].view(B, T, H, D)
+    place = (row + plan.place).view(B, H, S).transpose(1, 2).flatten()
+    grad = total.view(-1, D).index_select(0, place).view(B, S, H, D)
+    own = _from_slots(own, plan).view(B, -1, H, D)
+    grad[:, S - own.shape[1] :] += own
     return grad.to(x.dtype)
