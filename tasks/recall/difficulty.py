@@ -11,6 +11,7 @@ import numpy as np
 
 from schema.errors import ConfigError
 
+_FEW = 8  # cards up to which drawing by ranks, quadratic in their number, is faster
 ROWS = 2048  # examples made at once: few enough that their arrays stay in the caches
 
 
@@ -104,9 +105,12 @@ def repeats(rows: np.ndarray) -> np.ndarray:
 def distinct(rows: int, count: int, cards: int, rng: np.random.Generator) -> np.ndarray:
     """(rows, count) of 0..cards-1, drawn without replacement in every row.
 
-    Few of many cards: what repeats an earlier draw is drawn anew until nothing does. No card is
-    treated unlike another, so that every result without repetition is equally likely.
+    A few of them by their ranks among the cards not drawn yet. Of more, what repeats an earlier
+    draw is drawn anew until nothing does: no card is treated unlike another, so that every result
+    without repetition is equally likely.
     """
+    if count <= _FEW:
+        return _by_ranks(rows, count, cards, rng)
     if 2 * count > cards:
         return np.argsort(rng.random((rows, cards)), axis=1)[:, :count]
     drawn = rng.integers(cards, size=(rows, count))
@@ -119,6 +123,14 @@ def distinct(rows: int, count: int, cards: int, rng: np.random.Generator) -> np.
         part[again] = rng.integers(cards, size=int(again.sum()))
         drawn[left] = part
     return drawn
+
+
+def _by_ranks(rows: int, count: int, cards: int, rng: np.random.Generator) -> np.ndarray:
+    """Column i is at first a rank among the cards that columns 0..i-1 left, then the card."""
+    drawn = np.stack([rng.integers(cards - i, size=rows) for i in range(count)])
+    for i in reversed(range(count)):
+        drawn[i + 1 :] += drawn[i + 1 :] >= drawn[i]
+    return drawn.T.copy()
 
 
 def pick(marked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
