@@ -7,7 +7,7 @@ from rich.console import Console
 
 from evaluation.cost import measure_cost
 from evaluation.progress import Show, bars
-from evaluation.recall import pooled, score_slice
+from evaluation.recall import SliceScore, pooled, score_slice
 from evaluation.settings import Settings
 from evaluation.text import read_text, sample, score_text
 from models.interface import TokenModel
@@ -91,8 +91,14 @@ def _recall(
         for part in slices:
             scores.append(score_slice(model, part, settings.batch_size * settings.chunk))
             advance(1)
+    groups: dict[str, list[SliceScore]] = {}
+    for part, score in zip(slices, scores, strict=True):
+        for group in part.groups:
+            groups.setdefault(group, []).append(score)
     return {
+        "guess": task.guess,
         "slices": [score.summary() for score in scores],
+        "groups": [pooled(same, name).summary() for name, same in groups.items()],
         "all": pooled(scores).summary(),
     }
 

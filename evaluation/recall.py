@@ -25,8 +25,8 @@ HEAD_ROWS = 4096  # labelled positions that the head reads at once: bounds the l
 class SliceScore:
     """Of every sequence, how many positions are labelled, `labels` (N,), and `right` (N,).
 
-    `chance` is the accuracy of naming one of the sequence's own values, `chance_of_vocabulary` of
-    naming any value.
+    `chance` is the accuracy of the task's guesser, `chance_of_vocabulary` of naming any possible
+    answer.
     """
 
     name: str
@@ -103,11 +103,11 @@ def score_slice(model: TokenModel, part: RecallSlice, tokens_at_once: int) -> Sl
     )
 
 
-def pooled(scores: Sequence[SliceScore]) -> SliceScore:
+def pooled(scores: Sequence[SliceScore], name: str = "all") -> SliceScore:
     """All sequences of several slices as one, its chances their means."""
     sizes = [len(score.labels) for score in scores]
     return SliceScore(
-        "all",
+        name,
         float(np.average([score.chance for score in scores], weights=sizes)),
         float(np.average([score.chance_of_vocabulary for score in scores], weights=sizes)),
         np.concatenate([score.right for score in scores]),

@@ -70,7 +70,7 @@ def _recall_table(result: dict[str, Any]) -> Table:
     table.add_column("slice")
     for name in ("accuracy" + leaky, "95% interval", "exact", "chance", "sequences"):
         table.add_column(name, justify="right")
-    for row in [*result["slices"], result["all"]]:
+    for row in [*result["slices"], *result["groups"], result["all"]]:
         low, high = row["sequence_accuracy_interval"]
         table.add_row(
             row["slice"],
@@ -83,7 +83,7 @@ def _recall_table(result: dict[str, Any]) -> Table:
     table.caption = (
         "accuracy: mean over sequences of the share of labelled positions that are right\n"
         "exact: sequences without a wrong position\n"
-        "chance: of naming one of the sequence's own values; of naming any value "
+        f"chance: of {result['guess']}; of naming any possible answer "
         f"{result['all']['chance_of_vocabulary']:.3f}"
     )
     return table

@@ -5,19 +5,20 @@ N examples, L length, V vocabulary, K key-value pairs, S query slots.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from schema.errors import ConfigError
 from tasks.base import IGNORED
+from tasks.recall.difficulty import ROWS, Difficulty, smallest_dtype
+from tasks.recall.task import Recall
 
 FILLER = 0
-_ROWS = 2048  # examples made at once
 
 
 @dataclass(frozen=True)
-class MQARConfig:
+class MQARConfig(Difficulty):
     """One difficulty.
 
     An example starts with K pairs of a key and a value, all distinct, keys from 1..V/2-1 and
@@ -38,6 +39,9 @@ class MQARConfig:
     Raises:
         ConfigError: an option out of its range.
     """
+
+    letters: ClassVar = {"seq_len": "L", "num_kv_pairs": "K", "num_passes": "P"}
+    guess: ClassVar = "naming one of the sequence's own values"
 
     vocab_size: int
     seq_len: int
@@ -85,19 +89,29 @@ class MQARConfig:
         """Accuracy of naming any value at random."""
         return 1 / (self.vocab_size - self.vocab_size // 2)
 
+    def generate(
+        self, num_examples: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See Difficulty."""
+        return generate(self, num_examples, rng)
+
+
+class MQAR(Recall):
+    """Multi-query associative recall as a task."""
+
+    name = "mqar"
+    difficulty = MQARConfig
+
 
 def generate(
     config: MQARConfig, num_examples: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels, both (N, L), in the smallest of int16 and int32 that holds V.
-
-    labels[t] is what to emit after reading inputs[0..t], IGNORED where nothing is asked.
-    """
-    dtype = np.int16 if config.vocab_size <= np.iinfo(np.int16).max else np.int32
+    """Inputs and labels, see Difficulty.generate."""
+    dtype = smallest_dtype(config.vocab_size)
     inputs = np.full((num_examples, config.seq_len), FILLER, dtype)
     labels = np.full_like(inputs, IGNORED)
     half = config.vocab_size // 2
-    rows = min(_ROWS, num_examples)
+    rows = min(ROWS, num_examples)
     keys_of = _Decks(np.arange(1, half, dtype=dtype), rows)
     values_of = _Decks(np.arange(half, config.vocab_size, dtype=dtype), rows)
     for part in _parts(num_examples):
@@ -105,7 +119,7 @@ def generate(
         keys, values = keys_of.draw(k, n, rng), values_of.draw(k, n, rng)
         pairs = np.stack([keys, values], axis=2).reshape(n, 2 * k)
         inputs[part, : config.context] = np.tile(pairs, config.num_passes)
-        queries = config.context + 2 * _slots(config, n, rng)  # (n, K)
+        queries = config.context + 2 * query_slots(config.num_slots, k, config.power_a, n, rng)
         np.put_along_axis(inputs[part], queries, keys, axis=1)
         np.put_along_axis(labels[part], queries, values, axis=1)
         if config.random_non_queries:
@@ -115,8 +129,8 @@ def generate(
 
 
 def _parts(num_examples: int) -> Iterator[slice]:
-    for start in range(0, num_examples, _ROWS):
-        yield slice(start, min(start + _ROWS, num_examples))
+    for start in range(0, num_examples, ROWS):
+        yield slice(start, min(start + ROWS, num_examples))
 
 
 class _Decks:
@@ -137,16 +151,17 @@ class _Decks:
         return self._decks[:count, :rows].T.copy()
 
 
-def _slots(config: MQARConfig, rows: int, rng: np.random.Generator) -> np.ndarray:
+def query_slots(
+    num_slots: int, k: int, power_a: float, rows: int, rng: np.random.Generator
+) -> np.ndarray:
     """(rows, K): the slot of every key, in the order of the pairs.
 
     The first K of S arrivals at exponential times of rate p_g: a slot g that has not arrived is
     the next one with probability proportional to p_g, because exponential waiting has no memory.
     That is a sequential draw without replacement with weights p (the Gumbel top-k of log p).
     """
-    weights = np.arange(1, config.num_slots + 1) ** (config.power_a - 1.0)
-    arrivals = rng.exponential(size=(rows, config.num_slots)) / weights
-    k = config.num_kv_pairs
+    weights = np.arange(1, num_slots + 1) ** (power_a - 1.0)
+    arrivals = rng.exponential(size=(rows, num_slots)) / weights
     first = np.argpartition(arrivals, k - 1, axis=1)[:, :k]
     order = np.argsort(np.take_along_axis(arrivals, first, axis=1), axis=1)
     return np.take_along_axis(first, order, axis=1)

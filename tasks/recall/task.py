@@ -1,12 +1,12 @@
-"""Multi-query associative recall as a task: slices of difficulty, walked as a curriculum or mixed.
+"""A recall task: slices of one generator's difficulties, walked as a curriculum or mixed.
 
-B batch, N examples, L length of an example, V vocabulary, K key-value pairs.
+B batch, N examples, L length of an example, V vocabulary.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,119 +15,82 @@ from torch.utils.data import Dataset, default_collate
 
 from schema.errors import ConfigError
 from tasks.base import IGNORED, PADDING, SPLITS, Batch, Recipe, Split, Task, as_record
-from tasks.recall.mqar import FILLER, MQARConfig, generate
+from tasks.recall.difficulty import Difficulty
+from tasks.recall.slices import Slice, read_slices
 
 _ORDER_STREAM = len(SPLITS)  # the random stream after those of the splits
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Examples of one difficulty.
-
-    Attributes:
-        seq_len: L.
-        num_kv_pairs: K.
-        num_examples: N.
-        stage: of a curriculum. The training set shows the stages in ascending order and mixes the
-            slices of a stage. Given for every slice or for none: then each is a stage of its own.
-    """
-
-    seq_len: int
-    num_kv_pairs: int
-    num_examples: int
-    stage: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_examples < 1:
-            raise ConfigError(f"num_examples={self.num_examples}: expected at least 1")
-
-    @property
-    def name(self) -> str:
-        """Of the difficulty."""
-        return f"L{self.seq_len}_K{self.num_kv_pairs}"
+_FILLER = 0  # what padding is read as; `segments` says that it is none of the sequence
 
 
 @dataclass(frozen=True)
 class RecallSlice:
     """Examples to score: int64 `inputs` and `labels` (N, L), labels IGNORED where nothing is asked.
 
-    `chance` is the accuracy of naming one of the example's own values, 1/K, and
-    `chance_of_vocabulary` of naming any value.
+    `groups` are the names under which slices are also scored together.
     """
 
     name: str
     inputs: np.ndarray
     labels: np.ndarray
-    seq_len: int
-    num_kv_pairs: int
     chance: float
     chance_of_vocabulary: float
+    groups: tuple[str, ...] = ()
 
 
 class Recall(Task):
-    """Multi-query associative recall, generated from a seed; see MQARConfig for the options.
+    """Examples generated from a seed. A subclass names the generator.
 
     Train, validation and test draw from streams of their own, and no sequence of the last two
     occurs in the first. Validation has the slices of the test, with other sequences.
 
     Args:
-        vocab_size: V.
-        train: slices to train on.
+        train: slices to train on. Each is a mapping of `num_examples`, optionally `stage`, and
+            options of the difficulty.
         test: slices to validate and be scored on, each difficulty once.
         recipe: see Task.
         order: "curriculum" walks the stages of `train` in every epoch, "shuffled" mixes all of
             it. With slices of several lengths a curriculum pads less.
-        power_a, random_non_queries, num_passes: see MQARConfig.
         seed: of the data; a run's own seed does not change it.
+        options: of the difficulty, for all slices that do not say otherwise.
+
+    Attributes:
+        difficulty: the generator.
 
     Raises:
         ConfigError: an option out of its range, no slice, or a test slice given twice.
     """
 
     kind = "recall"
-    name = "mqar"
+    difficulty: ClassVar[type[Difficulty]]
 
     def __init__(
         self,
-        vocab_size: int,
-        train: Sequence[Slice],
-        test: Sequence[Slice],
+        train: Sequence[Mapping[str, Any]],
+        test: Sequence[Mapping[str, Any]],
         recipe: Recipe,
         *,
         order: Literal["curriculum", "shuffled"] = "curriculum",
-        power_a: float = 0.01,
-        random_non_queries: bool = True,
-        num_passes: int = 1,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         if order not in ("curriculum", "shuffled"):
             raise ConfigError(f"task.order={order}: allowed: curriculum, shuffled")
         if seed < 0:
             raise ConfigError(f"task.seed={seed}: expected at least 0")
-        options = {
-            "vocab_size": vocab_size,
-            "power_a": power_a,
-            "random_non_queries": random_non_queries,
-            "num_passes": num_passes,
-        }
         self.recipe = as_record(Recipe, recipe, "task.recipe")
         self.shuffle = order == "shuffled"
         self.seed = seed
-        self._train = _slices(train, "task.train")
-        self._test = _slices(test, "task.test")
+        self._options = options
+        self._train = read_slices(self.difficulty, train, options, "task.train")
+        self._test = read_slices(self.difficulty, test, options, "task.test")
         names = [each.name for each in self._test]
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise ConfigError(f"task.test[{i}]: {name} is given twice")
-        self._vocab_size = vocab_size
-        self._configs = {
-            split: [
-                _config(each, options, f"task.{'train' if split == 'train' else 'test'}[{i}]")
-                for i, each in enumerate(self._slices_of(split))
-            ]
-            for split in SPLITS
-        }
-        self._options = options
+        sizes = sorted({each.config.vocab_size for each in [*self._train, *self._test]})
+        if len(sizes) > 1:
+            raise ConfigError(f"task: slices with vocabularies of {sizes} ids: expected the same")
+        self._vocab_size = sizes[0]
         self._data: dict[Split, list[tuple[np.ndarray, np.ndarray]]] | None = None
 
     def prepare(self) -> None:
@@ -136,10 +99,9 @@ class Recall(Task):
             return
         data: dict[Split, list[tuple[np.ndarray, np.ndarray]]] = {}
         for s, split in enumerate(SPLITS):
-            sizes = [each.num_examples for each in self._slices_of(split)]
             data[split] = [
-                generate(config, n, self._rng(s, i))
-                for i, (config, n) in enumerate(zip(self._configs[split], sizes, strict=True))
+                each.config.generate(each.num_examples, self._rng(s, i))
+                for i, each in enumerate(self._slices_of(split))
             ]
         for split in SPLITS[1:]:
             shared = _sequences(data["train"]) & _sequences(data[split])
@@ -160,6 +122,11 @@ class Recall(Task):
         """See Task."""
         return self._vocab_size
 
+    @property
+    def guess(self) -> str:
+        """What a guesser does whose accuracy is the chance of a slice."""
+        return self.difficulty.guess
+
     def train_set(self) -> "Examples":
         """See Task; in the order of the curriculum."""
         rng = self._rng(_ORDER_STREAM, 0)
@@ -178,20 +145,19 @@ class Recall(Task):
         return Examples(data, which, np.concatenate([np.arange(n) for n in sizes]))
 
     def slices(self, split: Split) -> dict[str, RecallSlice]:
-        """The examples of every difficulty of a split by name, "L<seq_len>_K<num_kv_pairs>"."""
+        """The examples of every difficulty of a split by name, such as "L32_K4"."""
         members: dict[str, list[int]] = {}
         for i, each in enumerate(self._slices_of(split)):
             members.setdefault(each.name, []).append(i)
-        data, configs = self._generated(split), self._configs[split]
+        data, slices = self._generated(split), self._slices_of(split)
         return {
             name: RecallSlice(
                 name,
                 np.concatenate([data[i][0] for i in same]).astype(np.int64),
                 np.concatenate([data[i][1] for i in same]).astype(np.int64),
-                configs[same[0]].seq_len,
-                configs[same[0]].num_kv_pairs,
-                configs[same[0]].chance,
-                configs[same[0]].chance_of_vocabulary,
+                slices[same[0]].config.chance,
+                slices[same[0]].config.chance_of_vocabulary,
+                slices[same[0]].config.groups,
             )
             for name, same in members.items()
         }
@@ -202,7 +168,7 @@ class Recall(Task):
             "name": self.name,
             "kind": self.kind,
             "note": self.note,
-            "notes": ["chance is the accuracy of naming one of the sequence's own values, 1/K"],
+            "notes": [f"chance is the accuracy of {self.guess}"],
             **self._options,
             "order": "shuffled" if self.shuffle else "curriculum",
             "seed": self.seed,
@@ -210,11 +176,10 @@ class Recall(Task):
                 split: {
                     "sha256": _sha256(self._generated(split)),
                     "examples": sum(s.num_examples for s in self._slices_of(split)),
-                    "tokens": sum(s.num_examples * s.seq_len for s in self._slices_of(split)),
-                    "slices": [
-                        {**asdict(s), "name": s.name, "chance": c.chance}
-                        for s, c in zip(self._slices_of(split), self._configs[split], strict=True)
-                    ],
+                    "tokens": sum(
+                        s.num_examples * s.config.seq_len for s in self._slices_of(split)
+                    ),
+                    "slices": [each.facts() for each in self._slices_of(split)],
                 }
                 for split in SPLITS
             },
@@ -226,7 +191,7 @@ class Recall(Task):
         if min(lengths) == max(lengths):
             return default_collate(list(items))
         shape = len(items), max(lengths)
-        inputs, labels = torch.full(shape, FILLER), torch.full(shape, IGNORED)
+        inputs, labels = torch.full(shape, _FILLER), torch.full(shape, IGNORED)
         segments = torch.full(shape, PADDING)
         for b, (item, length) in enumerate(zip(items, lengths, strict=True)):
             inputs[b, :length] = item["inputs"]
@@ -265,22 +230,6 @@ class Examples(Dataset):
             "inputs": torch.from_numpy(inputs[row].astype(np.int64)),
             "labels": torch.from_numpy(labels[row].astype(np.int64)),
         }
-
-
-def _slices(given: Sequence[Any], key: str) -> list[Slice]:
-    if not given:
-        raise ConfigError(f"{key}=[]: expected at least one slice")
-    slices = [as_record(Slice, each, f"{key}[{i}]") for i, each in enumerate(given)]
-    if len({each.stage is None for each in slices}) > 1:
-        raise ConfigError(f"{key}: expected a stage for every slice or for none")
-    return slices
-
-
-def _config(each: Slice, options: Mapping[str, Any], key: str) -> MQARConfig:
-    try:
-        return MQARConfig(seq_len=each.seq_len, num_kv_pairs=each.num_kv_pairs, **options)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
 
 
 def _sequences(data: Sequence[tuple[np.ndarray, np.ndarray]]) -> set[bytes]:

@@ -21,6 +21,7 @@ EVERYWHERE = {"shell", *(file for file in FILES if file.startswith("hydra/"))}
 MIXERS = {file for file in FILES if file.startswith("mixer/")}
 SWEEPS = {file for file in FILES if file.startswith("sweep/")}
 CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - SWEEPS
+PARTS = ("train", "test")  # of a recall task; its first slices are its smallest
 # What says how a run goes rather than what is trained: shown by a whole run.
 RUNS = {f for f in CHOICES if f.split("/")[0] in ("trainer", "logger", "callbacks", "debug")}
 # What imitates a trained model: shown by tests/e2e/test_transfer.py.
@@ -74,8 +75,7 @@ def tiny(cfg: DictConfig, folder) -> DictConfig:
             "task.cache": str(folder / "cache"),
         }
     else:
-        part = {"seq_len": 16, "num_kv_pairs": 2, "num_examples": 8}
-        changes |= {"task.vocab_size": 64, "task.train": [part], "task.test": [part]}
+        changes |= {f"task.{part}": [{**cfg.task[part][0], "num_examples": 8}] for part in PARTS}
     with open_dict(cfg):
         for key, value in changes.items():
             OmegaConf.update(cfg, key, value, merge=False)

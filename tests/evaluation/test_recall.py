@@ -13,7 +13,7 @@ from evaluation import Settings, evaluate, print_table
 from evaluation.recall import SliceScore, score_slice, wilson
 from schema.errors import ConfigError
 from tasks.base import Recipe
-from tasks.recall.task import Recall
+from tasks.recall.mqar import MQAR
 from tests.tiny import tiny_model
 
 
@@ -38,7 +38,7 @@ def test_wilson_is_scipys(k, n):
 def task():
     slices = [{"seq_len": 16, "num_kv_pairs": k, "num_examples": 300} for k in (2, 4)]
     recipe = Recipe(batch_size=2, max_steps=10, lr=1e-3)
-    task = Recall(64, slices, slices, recipe)
+    task = MQAR(slices, slices, recipe, vocab_size=64)
     task.prepare()
     return task
 

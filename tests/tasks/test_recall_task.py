@@ -10,16 +10,26 @@ import torch
 
 from schema.errors import ConfigError
 from tasks.base import IGNORED, PADDING, SPLITS, Recipe
-from tasks.recall.mqar import MQARConfig, check_mqar
-from tasks.recall.task import Recall, Slice
+from tasks.recall.mqar import MQAR, MQARConfig, check_mqar
 
 RECIPE = Recipe(batch_size=2, max_steps=10, lr=1e-3)
-TEST = [Slice(32, 2, 30), Slice(32, 4, 40)]
 
 
-def recall(train: list[Any] | None = None, prepare: bool = True, **options) -> Recall:
-    train = [Slice(32, 2, 50), Slice(32, 4, 60)] if train is None else train
-    task = Recall(**{"vocab_size": 256, "train": train, "test": TEST, "recipe": RECIPE, **options})
+def part(seq_len: int, num_kv_pairs: int, num_examples: int, **more) -> dict[str, Any]:
+    return {
+        "seq_len": seq_len,
+        "num_kv_pairs": num_kv_pairs,
+        "num_examples": num_examples,
+        **more,
+    }
+
+
+TEST = [part(32, 2, 30), part(32, 4, 40)]
+
+
+def recall(train: list[Any] | None = None, prepare: bool = True, **options) -> MQAR:
+    train = [part(32, 2, 50), part(32, 4, 60)] if train is None else train
+    task = MQAR(**{"vocab_size": 256, "train": train, "test": TEST, "recipe": RECIPE, **options})
     if prepare:
         task.prepare()
     return task
@@ -34,21 +44,19 @@ def test_every_slice_of_every_split_is_mqar():
     for split in SPLITS:
         slices = task.slices(split)
         assert list(slices) == ["L32_K2", "L32_K4"]
-        for each in slices.values():
-            config = MQARConfig(
-                256, each.seq_len, each.num_kv_pairs, random_non_queries=False, num_passes=2
-            )
+        for each, pairs in zip(slices.values(), (2, 4), strict=True):
+            config = MQARConfig(256, 32, pairs, random_non_queries=False, num_passes=2)
             check_mqar(each.inputs, each.labels, config)
             assert each.inputs.dtype == each.labels.dtype == np.int64
-            assert each.chance == 1 / each.num_kv_pairs
+            assert each.chance == 1 / pairs
             assert each.chance_of_vocabulary == 1 / 128
     assert [len(each.inputs) for each in task.slices("test").values()] == [30, 40]
     assert [len(each.inputs) for each in task.slices("train").values()] == [50, 60]
 
 
 def test_splits_and_slices_draw_from_streams_of_their_own():
-    same = [Slice(32, 2, 50, stage=0), Slice(32, 2, 50, stage=1)]
-    task = recall(same, test=[Slice(32, 2, 50)])
+    same = [part(32, 2, 50, stage=0), part(32, 2, 50, stage=1)]
+    task = recall(same, test=[part(32, 2, 50)])
     arrays = [inputs for split in SPLITS for inputs, _ in task._generated(split)]
     for i, one in enumerate(arrays):
         for other in arrays[:i]:
@@ -67,20 +75,20 @@ def test_the_seed_decides_and_the_hashes_say_so():
 def test_sequences_of_the_test_that_occur_in_training_are_an_error():
     tiny = {
         "vocab_size": 9,
-        "test": [Slice(8, 2, 50)],
+        "test": [part(8, 2, 50)],
         "random_non_queries": False,
         "prepare": False,
     }
     with pytest.raises(ConfigError, match=r"task\.train: \d+ validation sequences occur in it"):
-        recall([Slice(8, 2, 500)], **tiny).prepare()
+        recall([part(8, 2, 500)], **tiny).prepare()
 
 
 def test_a_curriculum_shows_its_stages_in_order_and_mixes_inside_them():
     train = [
-        Slice(32, 2, 40, stage=1),
-        Slice(32, 8, 50, stage=2),
-        Slice(32, 4, 30, stage=0),
-        Slice(32, 2, 20, stage=2),
+        part(32, 2, 40, stage=1),
+        part(32, 8, 50, stage=2),
+        part(32, 4, 30, stage=0),
+        part(32, 2, 20, stage=2),
     ]
     task = recall(train)
     assert task.shuffle is False
@@ -101,7 +109,7 @@ def test_every_training_example_comes_up_once():
 
 
 def test_without_stages_the_slices_are_shown_as_listed_and_shuffled_says_so():
-    pairs = [pairs_of(item) for item in recall([Slice(32, 4, 9), Slice(32, 2, 9)]).train_set()]
+    pairs = [pairs_of(item) for item in recall([part(32, 4, 9), part(32, 2, 9)]).train_set()]
     assert pairs == [4] * 9 + [2] * 9
     assert recall(order="shuffled").shuffle is True
 
@@ -117,7 +125,7 @@ def test_validation_walks_the_slices_of_the_test_with_other_sequences():
 
 
 def test_examples_of_one_length_stack_and_of_several_are_padded():
-    task = recall([Slice(16, 2, 4), Slice(32, 4, 4)])
+    task = recall([part(16, 2, 4), part(32, 4, 4)])
     items = list(task.train_set())
     short = task.collate(items[:2])
     assert short.keys() == {"inputs", "labels"}
@@ -164,16 +172,25 @@ def test_before_prepare_only_the_vocabulary_is_known():
     [
         ({"train": []}, r"task\.train=\[\]: expected at least one slice"),
         ({"test": []}, r"task\.test=\[\]: expected at least one slice"),
-        ({"train": [Slice(32, 9, 5)]}, r"task\.train\[0\]: seq_len=32: expected at least 36"),
-        ({"test": [*TEST, Slice(32, 9, 5)]}, r"task\.test\[2\]: seq_len=32"),
-        ({"test": [*TEST, Slice(32, 2, 5)]}, r"task\.test\[2\]: L32_K2 is given twice"),
+        ({"train": [part(32, 9, 5)]}, r"task\.train\[0\]: seq_len=32: expected at least 36"),
+        ({"test": [*TEST, part(32, 9, 5)]}, r"task\.test\[2\]: seq_len=32"),
+        ({"test": [*TEST, part(32, 2, 5)]}, r"task\.test\[2\]: L32_K2 is given twice"),
         ({"train": [{"seq_len": 32, "num_kv_pairs": 2}]}, r"task\.train\[0\]\.num_examples: miss"),
         (
             {"train": [{"seq_len": 32, "num_kv_pairs": 2, "num_examples": 0}]},
             r"task\.train\[0\]\.num_examples=0: expected at least 1",
         ),
-        ({"train": [{"length": 32}]}, r"task\.train\[0\]\.length: unknown key; allowed: seq_len"),
-        ({"train": [Slice(32, 2, 5, 0), Slice(32, 4, 5)]}, r"task\.train: expected a stage for ev"),
+        ({"train": [{"length": 32}]}, r"task\.train\[0\]\.length=32: unknown key; allowed: num_ex"),
+        ({"powera": 1.0}, r"task\.powera=1\.0: unknown key; did you mean power_a\? allowed:"),
+        ({"power_a": "x"}, r"task\.power_a='x' \(str\): expected float"),
+        (
+            {"test": [part(32, 2, 5), {**part(32, 2, 5), "vocab_size": 128}]},
+            r"task: slices with vocabularies of \[128, 256\] ids: expected the same",
+        ),
+        (
+            {"train": [part(32, 2, 5, stage=0), part(32, 4, 5)]},
+            r"task\.train: expected a stage for ev",
+        ),
         ({"order": "random"}, r"task\.order=random: allowed: curriculum, shuffled"),
         ({"seed": -1}, r"task\.seed=-1: expected at least 0"),
         ({"recipe": {"batch_size": 0, "max_steps": 1, "lr": 1}}, r"task\.recipe\.batch_size=0"),
