@@ -18,9 +18,13 @@ def converted_blocks(student: LanguageModel, teacher: LanguageModel) -> list[int
     """The blocks that are converted, in order.
 
     Raises:
-        ConfigError: another number of blocks, a mixer that can neither be kept nor be converted,
-            or nothing to convert.
+        ConfigError: another width or number of blocks, a mixer that can neither be kept nor be
+            converted, or nothing to convert.
     """
+    if student.d_model != teacher.d_model:
+        raise ConfigError(
+            f"model.d_model={student.d_model}: expected the teacher's {teacher.d_model}"
+        )
     if len(student.mixers) != len(teacher.mixers):
         raise ConfigError(
             f"model.num_layers={len(student.mixers)}: expected the teacher's {len(teacher.mixers)}"

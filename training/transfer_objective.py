@@ -152,9 +152,10 @@ class AttentionTransfer:
         """How well `model` imitates the teacher, each batch counting equally.
 
         The mean over the layers of each imitation loss by its name ("transfer_loss" for the one
-        that is minimised, if it is none of the others), and <name>/block<i> of each layer. Of a model with a softmax window in
-        front of linear attention also what is lost with one of the two left out: both_parts_loss,
-        window_only_loss and linear_only_loss, in nats per label of these batches.
+        that is minimised, if it is none of the others), and <name>/block<i> of each layer. Of a
+        model with a softmax window in front of linear attention also what is lost with one of the
+        two left out: both_parts_loss, window_only_loss and linear_only_loss, in nats per label of
+        these batches.
         """
         training = model.training
         model.eval()
