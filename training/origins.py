@@ -33,17 +33,14 @@ def start_from(
         ConfigError: a run is missing or does not fit.
     """
     objective, source = module.objective, cfg.get("init_from")
+    transfers = isinstance(objective, AttentionTransfer)
     fresh = resumed is None or resumed.checkpoint is None
     origins = {}
-    if source is not None and fresh:
-        if isinstance(objective, AttentionTransfer) and objective.stage == 1:
-            raise ConfigError(
-                f"init_from={source} with objective.stage=1, which starts from the weights of "
-                "objective.teacher; expected null"
-            )
-        origins["init_from"] = _init(module, source, task)
-    if isinstance(objective, AttentionTransfer):
+    if transfers:
         run, checkpoint = _teacher(objective, source)
+    if source is not None and fresh:
+        origins["init_from"] = _init(module, source, task)
+    if transfers:
         with _named("objective.teacher", run), isolated_generators():
             folder = RunFolder.open(run)
             teacher, path = restore(
@@ -65,6 +62,11 @@ def _init(module: Training, source: str, task: Task) -> dict[str, Any]:
 
 def _teacher(objective: AttentionTransfer, source: str | None) -> tuple[str, str]:
     """Run folder and checkpoint of the teacher: as configured, else that of the run before."""
+    if source is not None and objective.stage == 1:
+        raise ConfigError(
+            f"init_from={source} with objective.stage=1, which starts from the weights of "
+            "objective.teacher; expected null"
+        )
     if objective.teacher is not None:
         return objective.teacher, objective.teacher_checkpoint
     if source is None:

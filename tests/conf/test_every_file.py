@@ -23,11 +23,14 @@ SWEEPS = {file for file in FILES if file.startswith("sweep/")}
 CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - SWEEPS
 # What says how a run goes rather than what is trained: shown by a whole run.
 RUNS = {f for f in CHOICES if f.split("/")[0] in ("trainer", "logger", "callbacks", "debug")}
+# What imitates a trained model: shown by tests/e2e/test_transfer.py.
+TRANSFERS = {"objective/attention_transfer", "experiment/wikitext_small_transfer"}
 
 
 def overrides_of(file: str) -> list[str]:
     group, _, choice = file.rpartition("/")
-    return [f"pattern={choice}"] if group == "mixer" else [f"{group}={choice}"]
+    teacher = ["objective.teacher=somewhere"] if file in TRANSFERS else []
+    return [f"pattern={choice}" if group == "mixer" else f"{group}={choice}", *teacher]
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def tiny(cfg: DictConfig, folder) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize("composed", sorted((CHOICES | MIXERS) - RUNS), indirect=True)
+@pytest.mark.parametrize("composed", sorted((CHOICES | MIXERS) - RUNS - TRANSFERS), indirect=True)
 def test_it_trains(composed, tmp_path):
     cfg = tiny(composed, tmp_path)
     torch.manual_seed(0)
@@ -113,9 +116,11 @@ def test_it_runs(composed, tmp_path):
     assert ("profile.json" in written) == ("profile" in cfg.callbacks)
 
 
-@pytest.mark.parametrize("composed", ["trainer/gpu", "logger/wandb"], indirect=True)
+@pytest.mark.parametrize(
+    "composed", ["trainer/gpu", "logger/wandb", *sorted(TRANSFERS)], indirect=True
+)
 def test_it_is_right(composed):
-    """Needs a device that is not everywhere, or starts processes that outlast the test."""
+    """Needs a device or a trained model, or starts processes that outlast the test."""
 
 
 @pytest.mark.parametrize("file", sorted(SWEEPS))

@@ -125,9 +125,16 @@ def test_the_record_names_where_a_run_comes_from(teacher, stage_1, stage_2):
     assert "teacher" not in teacher.record()
 
 
-def test_a_resumed_transfer_equals_one_that_was_never_stopped(place, text, teacher, stage_1):
+def test_a_resumed_transfer_has_the_same_teacher_and_the_same_numbers(
+    place, text, teacher, stage_1
+):
     options = (*text, *CONVERT, f"objective.teacher={teacher.path}", "trainer.max_steps=10")
     parts = run(place / "parts", *options)
+    record = parts.record()["teacher"]
+    parts.update_record(teacher={**record, "sha256": "0" * 64})
+    with pytest.raises(ConfigError, match="the teacher is not the one the run began with"):
+        train_here(f"resume={parts.path}", f"trainer.max_steps={STEPS}")
+    parts.update_record(teacher=record)
     train_here(f"resume={parts.path}", f"trainer.max_steps={STEPS}")
     skipped = {10}  # its last step at first, and so a row with a validation
     rows, expected = (
@@ -137,15 +144,6 @@ def test_a_resumed_transfer_equals_one_that_was_never_stopped(place, text, teach
     assert rows == expected
     ours, theirs = weights(parts), weights(stage_1)
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
-
-
-def test_another_teacher_than_the_recorded_one_is_refused(place, text, teacher):
-    options = (*text, *CONVERT, f"objective.teacher={teacher.path}", "trainer.max_steps=10")
-    stopped = run(place / "changed", *options)
-    record = stopped.record()
-    stopped.update_record(teacher={**record["teacher"], "sha256": "0" * 64})
-    with pytest.raises(ConfigError, match="the teacher is not the one the run began with"):
-        train_here(f"resume={stopped.path}", "trainer.max_steps=20")
 
 
 def test_a_run_of_next_tokens_starts_from_another(place, text, stage_1):
@@ -174,13 +172,8 @@ def test_what_cannot_be_transferred_is_one_line(place, text, teacher, stage_1):
         ((*CONVERT,), "objective.teacher=null: stage 1 needs the run folder"),
         ((*CONVERT, "objective.teacher=nowhere"), "objective.teacher=nowhere: there is no such"),
         ((*CONVERT, given, "init_from=nowhere"), "init_from=nowhere: there is no such folder"),
-        ((*CONVERT, given, "pattern=mamba"), "block 0 is Mamba, which has no imitation_loss"),
-        ((*CONVERT, given, "model.d_model=64"), "model.d_model=64: expected the teacher's 32"),
-        ((*CONVERT, given, "model.num_layers=3"), "model.num_layers=3: expected the teacher's 2"),
         ((*CONVERT, given, "model.num_heads=4"), "num_heads=4; expected the teacher's 2"),
-        ((*CONVERT, given, "mixers.hedgehog.rotary=false"), "rotary=False; expected the teacher's"),
         ((*CONVERT, given, f"init_from={stage_1.path}"), "init_from=.* with objective.stage=1"),
-        ((*CONVERT, given, "objective.weights={kd: 1}"), "objective.weights.kd: no mixer has"),
         ((*CONVERT, "objective.stage=2"), "stage 2 needs init_from="),
         ((*CONVERT, "objective.stage=2", f"init_from={teacher.path}"), "a run without a teacher"),
         (("pattern=mamba", f"init_from={stage_1.path}"), "init_from=.* is of another network"),
@@ -195,6 +188,7 @@ def test_what_cannot_be_transferred_is_one_line(place, text, teacher, stage_1):
         assert not path.exists()
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_command_ends_with_code_2(place, text, teacher):
     options = (*text, *CONVERT, f"objective.teacher={teacher.path}", "pattern=mamba")
     done = subprocess.run(

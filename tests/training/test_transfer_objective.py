@@ -188,6 +188,14 @@ def test_models_that_do_not_fit(student, theirs, message):
         attached(tiny_model(**student), teacher)
 
 
+@pytest.mark.parametrize(("option", "value"), [("rotary", False), ("num_kv_heads", 1)])
+def test_options_by_which_queries_and_keys_differ(teacher, option, value):
+    student = tiny_model("hedgehog")
+    setattr(student.mixers[1], option, value)
+    with pytest.raises(ConfigError, match=f"block 1 has {option}={value}; expected the teacher's"):
+        attached(student, teacher)
+
+
 def test_options_that_do_not_fit():
     for options, message in (
         ({}, "objective.teacher=null: stage 1 needs"),
