@@ -146,13 +146,14 @@ def test_a_resumed_transfer_has_the_same_teacher_and_the_same_numbers(
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 
-def test_a_run_of_next_tokens_starts_from_another(place, text, stage_1):
+def test_a_run_of_next_tokens_starts_from_another(place, text, stage_1, capsys):
     options = (*text, "pattern=hedgehog", f"init_from={stage_1.path}", "trainer.max_steps=10")
     rows = run(place / "plain", *options).metrics()
     assert rows[0]["step"] == 0
     best = min(scored(stage_1)[1:], key=lambda row: row["validation/loss"])
     assert rows[0]["validation/loss"] == best["validation/loss"]
     assert "validation/kl" not in rows[0]
+    assert "step 0/10  validation loss" in capsys.readouterr().out
 
 
 def test_the_window_hybrid_is_converted_and_its_parts_are_scored(place, text, teacher):

@@ -16,7 +16,12 @@ from kernels.window_linear_attention import (
     window_linear_attention,
     window_linear_attention_flops,
 )
-from tests.kernels.compare import LargestTensor, assert_forms_agree, documents
+from tests.kernels.compare import (
+    LargestTensor,
+    assert_forms_agree,
+    bytes_kept_for_backward,
+    documents,
+)
 
 BACKENDS = ("reference", "torch")
 H, D, F, V = 2, 4, 6, 5
@@ -193,13 +198,15 @@ def test_flops(length, window):
 
 
 def test_no_tensor_grows_faster_than_the_length():
-    sizes = []
+    sizes, kept = [], []
     for length in (512, 2048):
         args = [x.requires_grad_() for x in inputs(length, B=1, dtype=torch.float32)]
         with LargestTensor() as largest:
             run(*args, 64).sum().backward()
         sizes.append(largest.numel)
+        kept.append(bytes_kept_for_backward(lambda args=args: run(*args, 64)))
     assert sizes[1] <= 4 * sizes[0] + 1000
+    assert kept[1] <= 4 * kept[0] + 1000
 
 
 @pytest.mark.parametrize(

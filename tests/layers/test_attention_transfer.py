@@ -16,6 +16,7 @@ from layers.attention_transfer import (
 from layers.feature_maps import EluFeatureMap, FeatureMap, HedgehogFeatureMap, ReluFeatureMap
 from layers.hedgehog import HedgehogAttention
 from layers.hedgehog_window import HedgehogWindowAttention
+from tests.kernels.compare import LargestTensor, bytes_kept_for_backward
 
 B, T, H, D, V = 2, 37, 2, 8, 5
 WHOLE = slice(0, T)
@@ -180,6 +181,25 @@ def test_what_cannot_imitate():
         HedgehogAttention(16, num_heads=4).imitation_loss(x, teacher)
     with pytest.raises(ValueError, match="normalize=False"):
         HedgehogAttention(16, num_heads=2, normalize=False).imitation_loss(x, teacher)
+
+
+def test_memory_is_linear_in_the_length():
+    """No tensor is larger than a chunk of weights, and no chunk of them waits for backward."""
+    kept, chunk = [], 16
+    for length in (64, 256):
+        q, k, v = qkv(length)
+        drawn = maps()
+        with LargestTensor() as largest:
+            attention_transfer_loss(q, k, v, *drawn, chunk=chunk)["xent"].backward()
+        assert largest.numel <= max(B * H * chunk * length, q.numel() * 2)
+        kept.append(
+            bytes_kept_for_backward(
+                lambda q=q, k=k, v=v, drawn=drawn: attention_transfer_loss(
+                    q, k, v, *drawn, chunk=chunk
+                )["xent"]
+            )
+        )
+    assert kept[1] <= 4.2 * kept[0]
 
 
 def toy(seed: int = 0) -> list[Tensor]:
