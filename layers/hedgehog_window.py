@@ -193,7 +193,7 @@ class HedgehogWindowAttention(HedgehogAttention):
         (k_left, v_left), there = leaving(self.window, q.shape[1], tags, k, v)
         k, v, k_left, v_left = map(self.to_all_heads, (k, v, k_left, v_left))
         if self.parts == "window":  # the maps are not asked
-            phi_q = phi_left = q.new_zeros(*q.shape[:3], self.key_map.num_features)
+            phi_q = phi_left = q.new_zeros(1).expand(*q.shape[:3], self.key_map.num_features)
         else:
             phi_q = self.query_map(q)
             # Not phi of a key of zeros, which is not zero.

@@ -37,7 +37,7 @@ def start_from(
     fresh = resumed is None or resumed.checkpoint is None
     origins = {}
     if transfers:
-        run, checkpoint = _teacher(objective, source)
+        run, checkpoint = _teacher(objective, source, resumed)
     if source is not None and fresh:
         origins["init_from"] = _init(module, source, task)
     if transfers:
@@ -60,8 +60,14 @@ def _init(module: Training, source: str, task: Task) -> dict[str, Any]:
     return _facts(source, weights.path)
 
 
-def _teacher(objective: AttentionTransfer, source: str | None) -> tuple[str, str]:
-    """Run folder and checkpoint of the teacher: as configured, else that of the run before."""
+def _teacher(
+    objective: AttentionTransfer, source: str | None, resumed: Resumed | None
+) -> tuple[str, str]:
+    """Run folder and checkpoint of the teacher: the run's so far, as configured, or that of the
+    run it starts from.
+    """
+    if resumed is not None:
+        return _recorded(resumed.folder.record()["teacher"])
     if source is not None and objective.stage == 1:
         raise ConfigError(
             f"init_from={source} with objective.stage=1, which starts from the weights of "
@@ -81,16 +87,21 @@ def _teacher(objective: AttentionTransfer, source: str | None) -> tuple[str, str
             f"init_from={source} is a run without a teacher; give objective.teacher=..., or "
             "objective=next_token to finetune without one"
         )
-    return teacher["run"], str(Path(teacher["run"]) / "checkpoints" / teacher["checkpoint"])
+    return _recorded(teacher)
+
+
+def _recorded(teacher: dict[str, Any]) -> tuple[str, str]:
+    folder = RunFolder(Path(teacher["run"]))
+    return teacher["run"], str(folder.checkpoints.folder / teacher["checkpoint"])
 
 
 def _check_teacher(resumed: Resumed, found: dict[str, Any]) -> None:
-    recorded = resumed.folder.record().get("teacher", {})
-    if recorded.get("sha256") != found["sha256"]:
+    recorded = resumed.folder.record()["teacher"]
+    if recorded["sha256"] != found["sha256"]:
         raise ConfigError(
             f"resume={resumed.folder.path}: the teacher is not the one the run began with; "
-            f"expected {recorded.get('checkpoint')} with sha256 {recorded.get('sha256')}, "
-            f"found {found['checkpoint']} with {found['sha256']}"
+            f"expected {recorded['checkpoint']} with sha256 {recorded['sha256']}, "
+            f"found {found['sha256']}"
         )
 
 

@@ -109,23 +109,23 @@ class AttentionTransfer:
         """
         if self.stage == 2:
             return self.next_token(model, batch, report)
-        sums: Losses = {}
+        by_name: dict[str, list[Tensor]] = {}
         for i, losses in self.layer_losses(model, batch):
             with report.scope(f"block{i}"):
                 for name, value in losses.items():
+                    by_name.setdefault(name, []).append(value)
                     if name != "loss":
                         report.stat(name, value)
-                    sums[name] = sums[name] + value if name in sums else value
-        parts = {name: value / len(self.converted) for name, value in sums.items()}
+        parts = {name: torch.stack(values).mean() for name, values in by_name.items()}
         for name in self.weights:
             if name not in parts:
                 raise ConfigError(
                     f"objective.weights.{name}: no mixer has a loss of that name; "
                     f"allowed: {', '.join(parts)}"
                 )
-        total = sum(weight * parts[name] for name, weight in self.weights.items())
+        total = torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum()
         parts.pop("loss")
-        return Loss(torch.as_tensor(total), parts)
+        return Loss(total, parts)
 
     def layer_losses(
         self, model: LanguageModel, batch: Mapping[str, Tensor]
@@ -170,15 +170,16 @@ class AttentionTransfer:
         return {name: value / count for name, value in sums.items()}
 
     def _batch_scores(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        scores: dict[str, float] = {}
+        by_name: dict[str, dict[str, float]] = {}
         for i, losses in self.layer_losses(model, batch):
             minimised = losses.pop("loss")
             if not any(value is minimised for value in losses.values()):
                 losses["transfer_loss"] = minimised
             for name, value in losses.items():
-                share = float(value) / len(self.converted)
-                scores[name] = scores.get(name, 0.0) + share
-                scores[f"{name}/block{i}"] = float(value)
+                by_name.setdefault(name, {})[f"{name}/block{i}"] = float(value)
+        scores = {name: sum(each.values()) / len(each) for name, each in by_name.items()}
+        for each in by_name.values():
+            scores |= each
         return scores | _ablations(model, batch)
 
 
