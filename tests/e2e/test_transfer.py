@@ -13,6 +13,7 @@ from schema.check import check, check_here
 from schema.compose import compose
 from schema.errors import ConfigError
 from tests.e2e.runs import ROOT, train_here, without_timing
+from train import train
 
 STEPS = 40
 CONVERT = ("pattern=hedgehog", "objective=attention_transfer", "optimizer.lr=1e-2")
@@ -80,7 +81,7 @@ def checked_and_trained(*overrides: str) -> None:
     cfg = compose("config", overrides)
     check(cfg)
     check_here(cfg)
-    train_here(*overrides)
+    train(cfg, overrides)
 
 
 def scored(run: RunFolder) -> list[dict[str, float]]:
