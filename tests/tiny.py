@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from models.build import build_model
@@ -11,6 +12,15 @@ from models.language_model import LanguageModel
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+
+
+def _leaks(name: str) -> bool:
+    target = OmegaConf.load(CONF / "mixer" / f"{name}.yaml")._target_
+    return get_class(target).causal == "leaky"  # type: ignore[attr-defined]
+
+
+# What is true of a sequence in pieces is not of a mixer that sees where a piece ends.
+CAUSAL = [name for name in MIXERS if not _leaks(name)]
 
 # Shorter than the sequences of a test, so that what lies behind them is forgotten in it.
 SHORT = {"sliding_window": {"window": 7}, "hedgehog_window": {"window": 7}}
