@@ -19,7 +19,7 @@ _SQUARES_ELSEWHERE = 64 << 20
 
 
 class Piece(NamedTuple):
-    """Some chunks, with what they read: queries are scaled, and zeros stand in empty slots."""
+    """Some chunks, with what they read. Queries are scaled; any query stands in an empty slot."""
 
     span: slice  # of the N * M chunks
     rows: Tensor  # (p * C,) of the queries
