@@ -1,1 +1,1 @@
-"""Whole networks: the language model, generation, and building both from a config."""
+"""Whole networks: the language model, segment memory around it, generation, and building them."""

@@ -106,7 +106,7 @@ class HMT(TokenModel):
 
     @property
     def causal(self) -> str:
-        """ "leaky" if the query or the backbone is; never "prefix", as prefixes are refused."""
+        """Leaky if the query or the backbone is, else strict: prefixes are refused."""
         return "leaky" if self.leak_reason else "strict"
 
     @property

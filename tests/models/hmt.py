@@ -16,6 +16,17 @@ from tests.contract.subjects import make_mixer
 
 V, D = 29, 16
 SIZES = {"segment_len": 5, "summary_len": 3, "sensory_len": 2, "max_memories": 3}
+# In float64 sums of a few hundred terms differ by 1e-13 in another order; with weights this large
+# a recurrent backbone amplifies that. Mistakes are larger than 1e-4.
+EXACT = 1e-9
+# By row: documents of unlike length, padding before, between, behind and inside them.
+DOCUMENTS = torch.full((3, 34), -1)
+DOCUMENTS[0, 2:14], DOCUMENTS[0, 16:31] = 0, 3
+DOCUMENTS[1, :7], DOCUMENTS[1, 7:8], DOCUMENTS[1, 9::2] = 1, 2, 5
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
 def small(*mixers: str, vocab_size: int = V, **options) -> HMT:
