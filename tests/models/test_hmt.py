@@ -12,7 +12,7 @@ from models.generation import generate
 from models.hmt import HMT
 from models.hmt.turns import turns
 from tests.models.hmt import DOCUMENTS, EXACT, SIZES, D, V, assert_near, by_hand, small, tokens
-from tests.tiny import MIXERS, tiny_model
+from tests.tiny import CAUSAL, tiny_model
 
 L, J, K, N = SIZES.values()
 LENGTHS = (1, 2, L - 1, L, L + 1, 2 * L, 2 * L + 1, 17, 5 * L + 3)
@@ -108,7 +108,7 @@ def test_without_memory_a_segment_sees_the_sensory_tokens_and_no_further():
     assert not seen(small("attention", kind="off", sensory_len=0), 2 * L)[L:, :L].any()
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CAUSAL)
 @torch.no_grad()
 def test_any_split_and_any_backbone(mixer):
     model = small(mixer)
