@@ -1,8 +1,11 @@
 """What a piece of code holds at its worst, as torch's allocator sees it."""
 
+import os
 from collections.abc import Callable
 
-from torch.profiler import ProfilerActivity, profile
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and stop
+
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
