@@ -1,8 +1,12 @@
 """The one place where a `backend=` argument is turned into an implementation."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import ModuleType
 
 import torch
+
+from kernels.launch import why_not_triton
 
 BACKENDS = ("auto", "reference", "torch", "triton", "cpp")
 
@@ -16,24 +20,41 @@ def choose(
     backend: str,
     forms: Mapping[str, Callable],
     device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> Callable:
     """Return the form of `operator` that serves `backend` on `device`.
 
-    `forms` maps backend names to callables in the order in which "auto" prefers them; the Triton
-    form is preferred on CUDA devices only.
+    `forms` maps backend names to callables in the order in which "auto" prefers them. "auto" takes
+    a Triton form on CUDA devices only; asked for by name it is interpreted on the CPU as well.
+
+    Args:
+        dtype: the widest of the inputs, which may rule a form out.
 
     Raises:
-        BackendError: `backend` is unknown, or the operator has no such form for this device.
+        BackendError: `backend` is unknown, or the operator has no form that can serve the call.
     """
-    usable = {n: f for n, f in forms.items() if n != "triton" or device.type == "cuda"}
+    not_triton = why_not_triton(device, dtype) if "triton" in forms else None
+    usable = {n: f for n, f in forms.items() if n != "triton" or not_triton is None}
     if backend == "auto":
-        return next(iter(usable.values()))
-    if backend in forms:  # an explicit request is served as asked: the interpreter runs on the CPU
-        return forms[backend]
-    reason = (
-        f"{operator} has no such form" if backend in BACKENDS else f"allowed: {', '.join(BACKENDS)}"
-    )
+        preferred = (f for n, f in usable.items() if n != "triton" or device.type == "cuda")
+        return next(preferred)
+    if backend in usable:
+        return usable[backend]
+    if backend not in BACKENDS:
+        reason = f"allowed: {', '.join(BACKENDS)}"
+    elif backend in forms:
+        reason = str(not_triton)
+    else:
+        reason = f"{operator} has no such form"
     raise BackendError(
         f"backend={backend!r} for {operator} on {device.type}: {reason}; "
         f"these can serve the call: {', '.join(usable)}"
     )
+
+
+def implementation(package: str, form: str) -> ModuleType:
+    """The module `form` of an operator's package, imported when it is first needed.
+
+    Triton is imported with the first kernel, so that the operators work without it.
+    """
+    return import_module(f"{package}.{form}")

@@ -2,6 +2,11 @@
 
 import os
 
+import torch
+
 # Several test processes with several threads each wait for one another most of the time.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when a kernel is defined. With a GPU the same tests run the compiled kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,16 +1,23 @@
 """Causal linear attention over feature vectors (Katharopoulos et al. 2020)."""
 
+from functools import partial
+
 from torch import Tensor
 
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
 from kernels.linear_attention.flops import CHUNK, linear_attention_flops
-from kernels.linear_attention.op import linear_attention_torch
+from kernels.linear_attention.op import linear_attention_op
 from kernels.linear_attention.reference import State, linear_attention_reference
+from kernels.precision import accumulation_dtype
 
 __all__ = ["CHUNK", "State", "linear_attention", "linear_attention_flops"]
 
-_FORMS = {"torch": linear_attention_torch, "reference": linear_attention_reference}
+_FORMS = {
+    "triton": partial(linear_attention_op, form="triton"),
+    "torch": linear_attention_op,
+    "reference": linear_attention_reference,
+}
 
 
 def linear_attention(
@@ -47,7 +54,7 @@ def linear_attention(
         segments: int (B, T) document numbers, non-decreasing over the valid positions; S and z
             start at zero in each document. -1 is padding: it leaves the state alone, and its
             output is finite and otherwise unspecified.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         y (B, T, H, V) in the dtype of v, and the state of each row's last valid document in
@@ -58,7 +65,7 @@ def linear_attention(
         BackendError: no such backend.
     """
     _check(q, k, v, initial_state, segments)
-    form = choose("linear_attention", backend, _FORMS, q.device)
+    form = choose("linear_attention", backend, _FORMS, q.device, accumulation_dtype(q, k, v))
     y, state = form(
         q,
         k,

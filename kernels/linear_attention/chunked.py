@@ -18,7 +18,7 @@ from kernels.precision import accumulation_dtype, matmul_dtype, outside_autocast
 
 
 @outside_autocast
-def chunked_forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -63,7 +63,7 @@ def chunked_forward(
 
 
 @outside_autocast
-def chunked_backward(
+def backward(
     grad_y: Tensor | None,
     grad_state: Tensor | None,
     q: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.linear_attention.chunked import chunked_backward, chunked_forward
+from kernels.dispatch import implementation
 from kernels.linear_attention.flops import (
     linear_attention_backward_flops,
     linear_attention_flops,
@@ -23,7 +23,7 @@ from kernels.precision import accumulation_dtype
 from kernels.segments import first_document, last_document
 
 
-def linear_attention_torch(
+def linear_attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -34,8 +34,13 @@ def linear_attention_torch(
     initial_state: State | None,
     segments: Tensor | None,
     return_state: bool,
+    form: str = "chunked",
 ) -> tuple[Tensor, State | None]:
-    """The chunked form, or single steps for a few tokens with no gradient to keep."""
+    """The chunked form, or single steps for a few tokens with no gradient to keep.
+
+    Args:
+        form: the module of this package that does the chunks, "chunked" or "triton".
+    """
     S, z = initial_state or (None, None)
     few = q.shape[1] <= (MOST_STEPS if segments is None else 1)
     if few and not (torch.is_grad_enabled() and _any_requires_grad(q, k, v, S, z)):
@@ -47,7 +52,7 @@ def linear_attention_torch(
     state = S
     if normalize and S is not None and z is not None:
         state = torch.cat([S, z[..., None].to(S.dtype)], dim=-1)
-    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps)
+    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps, form)
     if not return_state:
         return y, None
     if normalize:
@@ -83,8 +88,10 @@ def _chunked(
     scale: float,
     normalize: bool,
     eps: float,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return chunked_forward(q, k, v, state, segments, scale, normalize, eps)
+    forward = implementation(__package__, form).forward
+    return forward(q, k, v, state, segments, scale, normalize, eps)
 
 
 @_chunked.register_fake
@@ -97,6 +104,7 @@ def _(
     scale: float,
     normalize: bool,
     eps: float,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, H, K), V = q.shape, v.shape[3]
     exact = accumulation_dtype(q, k, v)
@@ -119,8 +127,10 @@ def _backward(
     y: Tensor,
     sums: Tensor,
     scale: float,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return chunked_backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
+    backward = implementation(__package__, form).backward
+    return backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
 
 
 @_backward.register_fake
@@ -135,6 +145,7 @@ def _(
     y: Tensor,
     sums: Tensor,
     scale: float,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, _, H, K), W = q.shape, v.shape[3] + sums.shape[3]
     first = q.new_empty(B, H, K, W, dtype=sums.dtype)
@@ -142,10 +153,10 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, state, segments, scale, _normalize, _eps = inputs
+    q, k, v, state, segments, scale, _normalize, _eps, form = inputs
     y, _, sums = output
     ctx.save_for_backward(q, k, v, state, segments, y, sums)
-    ctx.scale = scale
+    ctx.scale, ctx.form = scale, form
     ctx.set_materialize_grads(False)  # an output that nobody used costs nothing
 
 
@@ -154,10 +165,10 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, state, segments, y, sums = ctx.saved_tensors
     dq, dk, dv, d_state = _backward(
-        grad_y, grad_state, q, k, v, state, segments, y, sums, ctx.scale
+        grad_y, grad_state, q, k, v, state, segments, y, sums, ctx.scale, ctx.form
     )
     d_state = None if state is None else d_state.to(state.dtype)
-    return dq, dk, dv, d_state, None, None, None, None
+    return dq, dk, dv, d_state, None, None, None, None, None
 
 
 _chunked.register_autograd(_differentiate, setup_context=_save)
@@ -205,6 +216,7 @@ def _(
     scale: float,
     normalize: bool,
     eps: float,
+    form: str = "chunked",
     out_shape: Any = None,
 ) -> int:
     (B, T, H, K), V = q, v[3]
@@ -240,6 +252,7 @@ def _(
     y: Shape,
     sums: Shape,
     scale: float,
+    form: str = "chunked",
     out_shape: Any = None,
 ) -> int:
     (B, T, H, K), V = q, v[3]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.linear_attention.op import linear_attention_torch
+from kernels.linear_attention.op import linear_attention_op
 from kernels.linear_attention.reference import State
 from kernels.precision import accumulation_dtype, outside_autocast
 
@@ -30,7 +30,7 @@ def prefix_linear_attention_torch(
     eps: float,
     segments: Tensor | None,
 ) -> tuple[Tensor, State | None]:
-    return linear_attention_torch(
+    return linear_attention_op(
         q,
         k,
         v,

@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kernels.launch import interpreting
+
 # Relative RMS error against a float64 reference. float64: two orders of one sum of some hundred
 # terms. float32: the same at 2^-24. bfloat16: its inputs are exact in the reference too, so what
 # remains is the rounding of outputs and gradients to 2^-9, and of what lies between.
@@ -66,13 +68,16 @@ def assert_forms_agree(
     inputs: Sequence[Tensor | None],
     dtype: torch.dtype,
     valid: Tensor | None = None,
+    backend: str = "torch",
 ) -> None:
     """`fn(backend, *inputs)` in `dtype` against the float64 reference, values and gradients."""
     rounded = [None if x is None else x.to(dtype) for x in inputs]
     expected = values_and_gradients(lambda *a: fn("reference", *a), rounded, torch.float64, valid)
-    got = values_and_gradients(lambda *a: fn("torch", *a), rounded, dtype, valid)
+    got = values_and_gradients(lambda *a: fn(backend, *a), rounded, dtype, valid)
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds, which is twice the error.
+    cut = 2 if backend == "triton" and dtype == torch.bfloat16 and interpreting() else 1
     for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-        assert_close(f"{dtype}, number {i} of outputs and gradients", g, e, TOLERANCE[dtype])
+        assert_close(f"{dtype}, number {i} of outputs and gradients", g, e, cut * TOLERANCE[dtype])
 
 
 def documents(B: int, T: int, kind: str | None) -> Tensor | None:

@@ -249,10 +249,10 @@ def test_flops(normalize):
         assert counted.get_total_flops() == counted_training.get_total_flops() == formula
         if T % CHUNK == 0:
             with FlopCounterMode(display=False) as products:
-                y, _, sums = chunked.chunked_forward(q, k, v, None, None, 1.0, normalize, 1e-6)
+                y, _, sums = chunked.forward(q, k, v, None, None, 1.0, normalize, 1e-6)
             assert products.get_total_flops() == formula
             with FlopCounterMode(display=False) as products:
-                chunked.chunked_backward(y, None, q, k, v, None, None, y, sums, 1.0)
+                chunked.backward(y, None, q, k, v, None, None, y, sums, 1.0)
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             y = linear_attention(*leaves, normalize=normalize)
             with FlopCounterMode(display=False) as counted:
@@ -263,8 +263,8 @@ def test_flops(normalize):
 def test_no_tensor_holds_a_state_per_token():
     q, k, v = inputs(1024, B=1, H=2, K=32, V=32, dtype=torch.float32)[:3]
     with LargestTensor() as largest:
-        y, _, sums = chunked.chunked_forward(q, k, v, None, None, 1.0, True, 1e-6)
-        chunked.chunked_backward(y, None, q, k, v, None, None, y, sums, 1.0)
+        y, _, sums = chunked.forward(q, k, v, None, None, 1.0, True, 1e-6)
+        chunked.backward(y, None, q, k, v, None, None, y, sums, 1.0)
     assert largest.numel <= 3 * q.numel()  # a state per token would be 32 times q
 
 
