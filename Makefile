@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint clean
+.PHONY: train test test-slow lint kernels clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ test: $(VENV)/.installed  ## everything but the tests marked slow or gpu
 
 test-slow: $(VENV)/.installed  ## the long and the timing tests, one process
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+kernels: $(VENV)/.installed  ## docs/kernels.md: registers and spills of the Triton kernels, no GPU needed
+	$(BIN)/python -m benchmarks.static
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def choose(
     )
 
 
-def implementation(package: str, form: str) -> ModuleType:
+def implementation(package: str | None, form: str) -> ModuleType:
     """The module `form` of an operator's package, imported when it is first needed.
 
     Triton is imported with the first kernel, so that the operators work without it.

@@ -22,7 +22,7 @@ from kernels.tiles import dot, dot_dtype, load_rows, load_tile, store_rows, stor
 @triton.jit
 def walk(
     a, b, divisor, weight, first, segments, documents, states, vectors, last,
-    scale, T, H, K, V,
+    scale, T, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     REVERSE: tl.constexpr, VECTOR: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -36,8 +36,9 @@ def walk(
     n = tl.cdiv(T, C)
     at_k, at_v, steps = ik * BK + tl.arange(0, BK), iv * BV + tl.arange(0, BV), tl.arange(0, C)
     W = V + 1 if VECTOR else V
-    tile = (bh * K + at_k[:, None]) * W + at_v[None]
-    column = (bh * K + at_k) * W + V
+    rows = steps * H
+    tile = bh * K * W + (at_k[:, None] * W + at_v[None])
+    column = bh * K * W + (at_k * W + V)
     inside = (at_k[:, None] < K) & (at_v[None] < V)
     S = tl.zeros((BK, BV), tl.float32)
     z = tl.zeros((BK,), tl.float32)
@@ -47,19 +48,19 @@ def walk(
             z += tl.load(first + column, mask=at_k < K, other=0)
     for i in range(n):
         c = n - 1 - i if REVERSE else i
-        here = (bh * n + c) * K + at_k
-        store_tile(states, S, here, at_k < K, at_v, V)
+        here = (bh * n + c) * K
+        store_tile(states + here * V, S, at_k, at_k < K, at_v, V)
         if VECTOR and iv == 0:
-            store_rows(vectors, z, here, at_k < K)
+            store_rows(vectors + here, z, at_k, at_k < K)
         at = c * C + steps
-        rows = (batch * T + at) * H + head
-        a_c = load_tile(a, rows, at < T, at_k, K)
-        b_c = load_tile(b, rows, at < T, at_v, V)
+        start = (batch * T + c * C) * H + head
+        a_c = load_tile(a + start * K, rows, at < T, at_k, K)
+        b_c = load_tile(b + start * V, rows, at < T, at_v, V)
         w = (at < T).to(tl.float32)
         if weight is not None:
-            w = load_rows(weight, rows, at < T)
+            w = load_rows(weight + start, rows, at < T)
         if divisor is not None:
-            b_c = b_c / tl.load(divisor + rows, mask=at < T, other=1)[:, None]
+            b_c = b_c / tl.load(divisor + start + rows, mask=at < T, other=1)[:, None]
         if segments is not None:
             before = tl.load(documents + batch * (n + 1) + c)
             after = tl.load(documents + batch * (n + 1) + c + 1)
@@ -81,7 +82,7 @@ def walk(
 @triton.jit
 def read(
     q, k, v, segments, documents, states, vectors, y, sums,
-    scale, eps, T, H, K, V,
+    scale, eps, T, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     NORMALIZE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -89,20 +90,20 @@ def read(
     c, iv, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head, n = bh // H, bh % H, tl.cdiv(T, C)
     at, at_v = c * C + tl.arange(0, C), iv * BV + tl.arange(0, BV)
-    rows = (batch * T + at) * H + head
+    start, rows = (batch * T + c * C) * H + head, tl.arange(0, C) * H
     A = tl.zeros((C, C), tl.float32)
     out = tl.zeros((C, BV), tl.float32)
     weight = tl.zeros((C,), tl.float32)
     here = (bh * n + c) * K
-    for start in range(0, K, BK):
-        at_k = start + tl.arange(0, BK)
-        q_c = load_tile(q, rows, at < T, at_k, K)
-        k_c = load_tile(k, rows, at < T, at_k, K)
+    for first_k in range(0, K, BK):
+        at_k = first_k + tl.arange(0, BK)
+        q_c = load_tile(q + start * K, rows, at < T, at_k, K)
+        k_c = load_tile(k + start * K, rows, at < T, at_k, K)
         A += dot(q_c, tl.trans(k_c), DOT)
-        E = load_tile(states, here + at_k, at_k < K, at_v, V)
+        E = load_tile(states + here * V, at_k, at_k < K, at_v, V)
         out += dot(q_c, E, DOT)
         if NORMALIZE:
-            z = load_rows(vectors, here + at_k, at_k < K)
+            z = load_rows(vectors + here, at_k, at_k < K)
             weight += tl.sum(q_c * z[None], 1)
     mask = within(segments, batch * T, c, T, C)
     if segments is not None:
@@ -111,21 +112,21 @@ def read(
         out = tl.where(reads[:, None], out, 0)
         weight = tl.where(reads, weight, 0)
     A = tl.where(mask, A, 0)
-    v_c = load_tile(v, rows, at < T, at_v, V)
+    v_c = load_tile(v + start * V, rows, at < T, at_v, V)
     out = (out + dot(A, v_c, DOT)) * scale
     if NORMALIZE:
         weight = (weight + tl.sum(A, 1)) * scale + eps
         if iv == 0:
-            store_rows(sums, weight, rows, at < T)
+            store_rows(sums + start, weight, rows, at < T)
         out /= weight[:, None]
     if segments is not None:  # 0 / eps, or 0 / 0, stands where there is padding
         out = tl.where((number >= 0)[:, None], out, 0)
-    store_tile(y, out, rows, at < T, at_v, V)
+    store_tile(y + start * V, out, rows, at < T, at_v, V)
 
 
 @triton.jit
 def differentiate_weight(
-    grad_y, y, sums, segments, grad_weight, rows_in_all, V, HEADS,
+    grad_y, y, sums, segments, grad_weight, rows_in_all, V: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each sum of weights, -(grad_y . y) / sum, over blocks of (B T H) rows."""
@@ -147,7 +148,7 @@ def differentiate_weight(
 def differentiate_qk(
     q, k, v, grad_y, sums, grad_weight, segments, documents,
     states, vectors, grad_states, grad_vectors, dq, dk,
-    scale, T, H, K, V,
+    scale, T, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     NORMALIZE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -155,8 +156,8 @@ def differentiate_qk(
     c, ik, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head, n = bh // H, bh % H, tl.cdiv(T, C)
     at, at_k = c * C + tl.arange(0, C), ik * BK + tl.arange(0, BK)
-    rows = (batch * T + at) * H + head
-    here = (bh * n + c) * K + at_k
+    start, rows = (batch * T + c * C) * H + head, tl.arange(0, C) * H
+    here = (bh * n + c) * K
     reads, writes = at < T, at < T
     if segments is not None:
         number = tl.load(segments + batch * T + at, mask=at < T, other=-1)
@@ -166,39 +167,39 @@ def differentiate_qk(
     dA = tl.zeros((C, C), tl.float32)
     dq_c = tl.zeros((C, BK), tl.float32)
     dk_c = tl.zeros((C, BK), tl.float32)
-    for start in range(0, V, BV):
-        at_v = start + tl.arange(0, BV)
-        g = load_tile(grad_y, rows, at < T, at_v, V)
+    for first_v in range(0, V, BV):
+        at_v = first_v + tl.arange(0, BV)
+        g = load_tile(grad_y + start * V, rows, at < T, at_v, V)
         if NORMALIZE:
-            g = g / tl.load(sums + rows, mask=at < T, other=1)[:, None]
+            g = g / tl.load(sums + start + rows, mask=at < T, other=1)[:, None]
         if segments is not None:
             g = tl.where((number >= 0)[:, None], g, 0)
-        v_c = load_tile(v, rows, at < T, at_v, V)
+        v_c = load_tile(v + start * V, rows, at < T, at_v, V)
         dA += dot(g, tl.trans(v_c), DOT)
-        E = load_tile(states, here, at_k < K, at_v, V)
+        E = load_tile(states + here * V, at_k, at_k < K, at_v, V)
         dq_c += dot(g, tl.trans(E), DOT)
-        R = load_tile(grad_states, here, at_k < K, at_v, V)
+        R = load_tile(grad_states + here * V, at_k, at_k < K, at_v, V)
         dk_c += dot(v_c, tl.trans(R), DOT)
     if NORMALIZE:
-        g_w = load_rows(grad_weight, rows, at < T)
+        g_w = load_rows(grad_weight + start, rows, at < T)
         dA += g_w[:, None]
-        dq_c += g_w[:, None] * load_rows(vectors, here, at_k < K)[None]
-        dk_c += load_rows(grad_vectors, here, at_k < K)[None]
+        dq_c += g_w[:, None] * load_rows(vectors + here, at_k, at_k < K)[None]
+        dk_c += load_rows(grad_vectors + here, at_k, at_k < K)[None]
     dq_c = tl.where(reads[:, None], dq_c, 0)
     dk_c = tl.where(writes[:, None], dk_c, 0)
     dA = tl.where(within(segments, batch * T, c, T, C), dA, 0)
-    q_c = load_tile(q, rows, at < T, at_k, K)
-    k_c = load_tile(k, rows, at < T, at_k, K)
+    q_c = load_tile(q + start * K, rows, at < T, at_k, K)
+    k_c = load_tile(k + start * K, rows, at < T, at_k, K)
     dq_c += dot(dA, k_c, DOT)
     dk_c += dot(tl.trans(dA), q_c, DOT) * scale
-    store_tile(dq, dq_c * scale, rows, at < T, at_k, K)
-    store_tile(dk, dk_c, rows, at < T, at_k, K)
+    store_tile(dq + start * K, dq_c * scale, rows, at < T, at_k, K)
+    store_tile(dk + start * K, dk_c, rows, at < T, at_k, K)
 
 
 @triton.jit
 def differentiate_v(
     q, k, grad_y, sums, segments, documents, grad_states, dv,
-    scale, T, H, K, V,
+    scale, T, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     NORMALIZE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -206,20 +207,20 @@ def differentiate_v(
     c, iv, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch, head, n = bh // H, bh % H, tl.cdiv(T, C)
     at, at_v = c * C + tl.arange(0, C), iv * BV + tl.arange(0, BV)
-    rows = (batch * T + at) * H + head
+    start, rows = (batch * T + c * C) * H + head, tl.arange(0, C) * H
     here = (bh * n + c) * K
     A = tl.zeros((C, C), tl.float32)
     dv_c = tl.zeros((C, BV), tl.float32)
-    for start in range(0, K, BK):
-        at_k = start + tl.arange(0, BK)
-        q_c = load_tile(q, rows, at < T, at_k, K)
-        k_c = load_tile(k, rows, at < T, at_k, K)
+    for first_k in range(0, K, BK):
+        at_k = first_k + tl.arange(0, BK)
+        q_c = load_tile(q + start * K, rows, at < T, at_k, K)
+        k_c = load_tile(k + start * K, rows, at < T, at_k, K)
         A += dot(q_c, tl.trans(k_c), DOT)
-        R = load_tile(grad_states, here + at_k, at_k < K, at_v, V)
+        R = load_tile(grad_states + here * V, at_k, at_k < K, at_v, V)
         dv_c += dot(k_c, R, DOT)
-    g = load_tile(grad_y, rows, at < T, at_v, V)
+    g = load_tile(grad_y + start * V, rows, at < T, at_v, V)
     if NORMALIZE:
-        g = g / tl.load(sums + rows, mask=at < T, other=1)[:, None]
+        g = g / tl.load(sums + start + rows, mask=at < T, other=1)[:, None]
     if segments is not None:
         number = tl.load(segments + batch * T + at, mask=at < T, other=-1)
         writes = (number >= 0) & (number == tl.load(documents + batch * (n + 1) + c + 1))
@@ -227,7 +228,7 @@ def differentiate_v(
         g = tl.where((number >= 0)[:, None], g, 0)
     A = tl.where(within(segments, batch * T, c, T, C), A, 0) * scale
     dv_c += dot(tl.trans(A), g, DOT)
-    store_tile(dv, dv_c, rows, at < T, at_v, V)
+    store_tile(dv + start * V, dv_c, rows, at < T, at_v, V)
 
 
 def forward(
@@ -287,7 +288,7 @@ def backward(
         differentiate_qk, (call.n, ceil_div(K, call.BK), B * H),
         call.q, call.k, call.v, grad_y, divisor, grad_weight, call.segments, call.documents,
         states, vectors, grad_states, grad_vectors, dq, dk,
-        scale, T, H, K, V, NORMALIZE=normalize, **call.tiles,
+        scale, T, H, K, V, NORMALIZE=normalize, warps=8, **call.tiles,
     )  # fmt: skip
     launch(
         differentiate_v, (call.n, ceil_div(V, call.BV), B * H),
@@ -335,6 +336,6 @@ class _Call:
             a.contiguous(), b.contiguous(), divisor, weight,
             None if first is None else first.contiguous(), self.segments, self.documents,
             states, vectors, last, scale, T, H, K, V,
-            REVERSE=reverse, VECTOR=normalize, **self.tiles,
+            REVERSE=reverse, VECTOR=normalize, warps=8, **self.tiles,
         )  # fmt: skip
         return states, vectors, last

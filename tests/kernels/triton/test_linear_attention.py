@@ -53,13 +53,15 @@ MUTANTS = {
     "a state goes on into the next document": ("S *= stays", "S *= 1"),
     "no bound on the keys": ("inside = (at_k[:, None] < K) &", "inside = (at_k[:, None] < BK) &"),
     "values by the key's stride": (
-        "v_c = load_tile(v, rows, at < T, at_v, V)\n    out",
-        "v_c = load_tile(v, rows, at < T, at_v, K)\n    out",
+        "v_c = load_tile(v + start * V, rows, at < T, at_v, V)\n    out",
+        "v_c = load_tile(v + start * V, rows, at < T, at_v, K)\n    out",
     ),
-    "the chunks' states one late": ("here = (bh * n + c) * K + at_k\n        store",
-                                    "here = (bh * n + i) * K + at_k\n        store"),
+    "the chunks' states one late": (
+        "here = (bh * n + c) * K\n        store",
+        "here = (bh * n + i) * K\n        store",
+    ),
     "no gradient through the sum of weights": ("dA += g_w[:, None]", "dA += 0 * g_w[:, None]"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
