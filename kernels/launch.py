@@ -57,8 +57,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | Non
     """The reason why Triton forms cannot take such tensors, None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if dtype == torch.float64:
-        return "its Triton kernels sum in float32, and float64 was given"
+    if dtype == torch.float64 or (dtype is not None and dtype.is_complex):
+        return (
+            f"its Triton kernels sum in float32, and {str(dtype).removeprefix('torch.')} was given"
+        )
     watched = _launcher is not _run
     if device.type != "cuda" and not interpreting() and not watched:
         return f"Triton needs a GPU, or TRITON_INTERPRET=1 to be interpreted on the {device.type}"

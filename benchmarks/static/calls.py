@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.prefix_linear_attention import prefix_linear_attention as prefix_attention
 
 BF16 = torch.bfloat16
 
@@ -24,9 +25,47 @@ def linear_attention() -> Any:
     return kernels.linear_attention(q, k, v, backend="triton")
 
 
-# What to call, by the operator's name; an operator with several usual forms has several.
+def prefix_linear_attention() -> Any:
+    """B1 T256 M128 H2 K64 V64."""
+    q, k, v, *prefix = (_random(1, t, 2, 64) for t in (256, 256, 256, 128, 128))
+    return prefix_attention(q, k, v, *prefix, backend="triton")
+
+
+def rms_norm() -> Any:
+    """512 rows of 768 channels."""
+    return kernels.rms_norm(_random(512, 768), _random(768), backend="triton")
+
+
+def rms_norm_gated() -> Any:
+    """512 rows of 1536 channels in one group, the gate first as in Mamba-2."""
+    x, gate = _random(512, 1536), _random(512, 1536)
+    return kernels.rms_norm(x, _random(1536), gate=gate, backend="triton")
+
+
+def linear_cross_entropy() -> Any:
+    """64 tokens, width 64, 50257 words; the softmax between two plain products."""
+    targets = torch.randint(0, 50257, (64,))
+    x, weight = _random(64, 64), _random(50257, 64)
+    return kernels.linear_cross_entropy(x, weight, targets, backend="triton")
+
+
+def monarch() -> Any:
+    """256 rows, 1024 by 1024 in 4 blocks."""
+    x, w1, w2 = _random(256, 1024), _random(4, 256, 256), _random(4, 256, 256)
+    return kernels.monarch(x, w1, w2, backend="triton")
+
+
+# What to call, by name: that of the operator, and what is special about it.
 CALLS: dict[str, Callable[[], Any]] = {
-    "linear_attention": linear_attention,
+    call.__name__: call
+    for call in (
+        linear_attention,
+        prefix_linear_attention,
+        rms_norm,
+        rms_norm_gated,
+        linear_cross_entropy,
+        monarch,
+    )
 }
 
 

@@ -49,8 +49,9 @@ def walk(
     for i in range(n):
         c = n - 1 - i if REVERSE else i
         here = (bh * n + c) * K
-        store_tile(states + here * V, S, at_k, at_k < K, at_v, V)
-        if VECTOR and iv == 0:
+        if states is not None:
+            store_tile(states + here * V, S, at_k, at_k < K, at_v, V)
+        if states is not None and VECTOR and iv == 0:
             store_rows(vectors + here, z, at_k, at_k < K)
         at = c * C + steps
         start = (batch * T + c * C) * H + head
@@ -255,6 +256,12 @@ def forward(
     return y, last, sums
 
 
+def sums(k: Tensor, v: Tensor) -> Tensor:
+    """sum_t k_t (v_t, 1)^T, (B, H, K, V + 1) in float32, of k (B, T, H, K) and v (B, T, H, V)."""
+    call = _Call(k, k, v, None)
+    return call.walk(k, v, None, None, None, None, None, 1.0, vector=True, reverse=False)
+
+
 def backward(
     grad_y: Tensor | None,
     grad_state: Tensor | None,
@@ -326,16 +333,37 @@ class _Call:
         reverse: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """States (B H n, K, V) in front of the chunks, their vectors, and the last state."""
-        B, T, H, K, V = self.shape
+        B, _, H, K, V = self.shape
         stored = a.dtype if self.dtype != tl.float32 else torch.float32
         states = a.new_empty(B * H, self.n, K, V, dtype=stored)
         vectors = a.new_empty(B * H, self.n, K, dtype=torch.float32) if normalize else None
-        last = a.new_empty(B, H, K, V + normalize, dtype=torch.float32)
+        last = self.walk(
+            a, b, divisor, weight, first, states, vectors, scale, vector=normalize, reverse=reverse
+        )
+        return states, vectors, last
+
+    def walk(
+        self,
+        a: Tensor,
+        b: Tensor,
+        divisor: Tensor | None,
+        weight: Tensor | None,
+        first: Tensor | None,
+        states: Tensor | None,
+        vectors: Tensor | None,
+        scale: float,
+        *,
+        vector: bool,
+        reverse: bool,
+    ) -> Tensor:
+        """The last state of a walk; those in front of the chunks are written to `states`."""
+        B, T, H, K, V = self.shape
+        last = a.new_empty(B, H, K, V + vector, dtype=torch.float32)
         launch(
             walk, (B * H, ceil_div(K, self.BK), ceil_div(V, self.BV)),
             a.contiguous(), b.contiguous(), divisor, weight,
             None if first is None else first.contiguous(), self.segments, self.documents,
             states, vectors, last, scale, T, H, K, V,
-            REVERSE=reverse, VECTOR=normalize, warps=8, **self.tiles,
+            REVERSE=reverse, VECTOR=vector, warps=8, **self.tiles,
         )  # fmt: skip
-        return states, vectors, last
+        return last

@@ -1,21 +1,32 @@
 """Cross entropy of a linear head without its logits."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kernels.checks import check_floating, check_shape
 from kernels.dispatch import choose
-from kernels.linear_cross_entropy.op import linear_cross_entropy_torch, linear_nll_torch
+from kernels.linear_cross_entropy.op import linear_cross_entropy_op, linear_nll_op
 from kernels.linear_cross_entropy.reference import (
     IGNORE,
     linear_cross_entropy_reference,
     linear_nll_reference,
 )
+from kernels.precision import accumulation_dtype
 
 __all__ = ["IGNORE", "linear_cross_entropy", "linear_nll"]
 
-_LOSS = {"torch": linear_cross_entropy_torch, "reference": linear_cross_entropy_reference}
-_NLL = {"torch": linear_nll_torch, "reference": linear_nll_reference}
+_LOSS = {
+    "triton": partial(linear_cross_entropy_op, form="triton"),
+    "torch": linear_cross_entropy_op,
+    "reference": linear_cross_entropy_reference,
+}
+_NLL = {
+    "triton": partial(linear_nll_op, form="triton"),
+    "torch": linear_nll_op,
+    "reference": linear_nll_reference,
+}
 
 
 def linear_cross_entropy(
@@ -37,7 +48,7 @@ def linear_cross_entropy(
         weight: (V, D), the head's matrix.
         targets: int (...), in [0, V), or -100 where no loss is asked for.
         chunk: tokens whose logits are held at once; None chooses.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         The loss, a float32 scalar (float64 for float64 inputs); 0 with zero gradients when every
@@ -48,7 +59,7 @@ def linear_cross_entropy(
         BackendError: no such backend.
     """
     _check("linear_cross_entropy", x, weight, targets, chunk)
-    form = choose("linear_cross_entropy", backend, _LOSS, x.device)
+    form = choose("linear_cross_entropy", backend, _LOSS, x.device, accumulation_dtype(x, weight))
     return form(x.flatten(0, -2), weight, targets.flatten(), chunk)
 
 
@@ -69,7 +80,7 @@ def linear_nll(
         float32 (float64 for float64 inputs) of the shape of `targets`, 0 where it is -100.
     """
     _check("linear_nll", x, weight, targets, chunk)
-    form = choose("linear_nll", backend, _NLL, x.device)
+    form = choose("linear_nll", backend, _NLL, x.device, accumulation_dtype(x, weight))
     return form(x.flatten(0, -2), weight, targets.flatten(), chunk).view(targets.shape)
 
 

@@ -6,11 +6,11 @@ D model width, V vocabulary, c tokens in a chunk.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.dispatch import implementation
 from kernels.linear_cross_entropy.reference import IGNORE
 from kernels.precision import accumulation_dtype, outside_autocast
 
@@ -19,32 +19,31 @@ _LOGITS = 1 << 22
 _LEAST_CHUNK = 32  # tokens; fewer would read the whole head for little work
 
 
-class _Chunk(NamedTuple):
-    """`rows` of the n tokens; x (c, D); targets (c, 1); exponentials (c, V), their sums (c, 1)."""
+def softmax_rows(
+    logits: Tensor, targets: Tensor, exact: torch.dtype, share: float | None
+) -> tuple[Tensor, Tensor]:
+    """Losses (c,) of logits (c, V), and `share` times their gradient, empty without a share.
 
-    rows: slice
-    x: Tensor
-    targets: Tensor
-    nll: Tensor  # (c,)
-    exponentials: Tensor
-    sums: Tensor
+    Args:
+        targets: (c,), each in [0, V).
+        exact: the dtype of exponentials and sums.
+    """
+    logits, targets = logits.to(exact), targets[:, None]
+    logits -= logits.amax(1, keepdim=True)
+    chosen = logits.gather(1, targets)
+    exponentials = logits.exp_()
+    sums = exponentials.sum(1, keepdim=True)
+    losses = (sums.log() - chosen).squeeze(1)
+    if share is None:
+        return losses, logits.new_empty(0)
+    gradient = exponentials.mul_(share / sums)
+    return losses, gradient.scatter_add_(1, targets, torch.full_like(sums, -share))
 
 
-def chunks(
-    x: Tensor, weight: Tensor, targets: Tensor, exact: torch.dtype, chunk: int | None
-) -> Iterator[_Chunk]:
-    """Losses of x (n, D), and softmax up to a factor; the exponentials may be overwritten."""
+def _chunks(n: int, weight: Tensor, chunk: int | None) -> Iterator[slice]:
+    """Slices of the n tokens whose logits are held at once."""
     size = chunk or max(_LEAST_CHUNK, _LOGITS // len(weight))
-    for start in range(0, len(x), size):
-        rows = slice(start, start + size)
-        x_c, target = x[rows], targets[rows, None]
-        logits = (x_c @ weight.T).to(exact)
-        logits -= logits.amax(1, keepdim=True)
-        chosen = logits.gather(1, target)
-        exponentials = logits.exp_()
-        sums = exponentials.sum(1, keepdim=True)
-        nll = (sums.log() - chosen).squeeze(1)
-        yield _Chunk(rows, x_c, target, nll, exponentials, sums)
+    return (slice(start, start + size) for start in range(0, n, size))
 
 
 def with_target(targets: Tensor, vocabulary: int) -> Tensor:
@@ -74,42 +73,51 @@ def loss_and_gradients(
     chunk: int | None,
     wants_dx: bool,
     wants_dw: bool,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss and its gradients (N, D) and (V, D), empty where not wanted.
 
     Args:
         dtype: of the products.
+        form: the module of this package whose softmax_rows is taken, "chunked" or "triton".
     """
     exact = accumulation_dtype(x, weight)
     kept = with_target(targets, len(weight))
     loss = torch.zeros((), dtype=exact, device=x.device)
     dx = torch.zeros_like(x) if wants_dx else x.new_empty(0)
     dw = torch.zeros_like(weight, dtype=exact) if wants_dw else weight.new_empty(0, dtype=exact)
+    softmax = implementation(__package__, form).softmax_rows
     x_kept, w, share = x[kept].to(dtype), weight.to(dtype), 1 / max(1, len(kept))
-    for part in chunks(x_kept, w, targets[kept], exact, chunk):
-        loss += part.nll.sum()
-        if not (wants_dx or wants_dw):
-            continue
-        d_logits = part.exponentials.mul_(share / part.sums)
-        d_logits.scatter_add_(1, part.targets, torch.full_like(part.sums, -share))
+    for rows in _chunks(len(kept), weight, chunk):
+        x_c, targets_c = x_kept[rows], targets[kept[rows]]
+        wanted = share if wants_dx or wants_dw else None
+        losses, d_logits = softmax(x_c @ w.T, targets_c, exact, wanted)
+        loss += losses.sum()
         d_logits = d_logits.to(dtype)
         if wants_dx:
-            dx.index_copy_(0, kept[part.rows], (d_logits @ w).to(dx.dtype))
+            dx.index_copy_(0, kept[rows], (d_logits @ w).to(dx.dtype))
         if wants_dw and dtype == exact:
-            dw.addmm_(d_logits.T, part.x)
+            dw.addmm_(d_logits.T, x_c)
         elif wants_dw:
-            dw += d_logits.T @ part.x
+            dw += d_logits.T @ x_c
     return loss * share, dx, dw
 
 
 @outside_autocast
 def nll(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int | None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    chunk: int | None,
+    form: str = "chunked",
 ) -> Tensor:
     """The loss of every token (N,), 0 where its target is ignored."""
     exact = accumulation_dtype(x, weight)
     kept = with_target(targets, len(weight))
     losses = torch.zeros(len(x), dtype=exact, device=x.device)
-    for part in chunks(x[kept].to(dtype), weight.to(dtype), targets[kept], exact, chunk):
-        losses[kept[part.rows]] = part.nll
+    softmax = implementation(__package__, form).softmax_rows
+    x_kept, w = x[kept].to(dtype), weight.to(dtype)
+    for rows in _chunks(len(kept), weight, chunk):
+        losses[kept[rows]], _ = softmax(x_kept[rows] @ w.T, targets[kept[rows]], exact, None)
     return losses

@@ -17,8 +17,8 @@ from kernels.linear_cross_entropy.reference import IGNORE
 from kernels.precision import accumulation_dtype, autocast_dtype, matmul_dtype
 
 
-def linear_cross_entropy_torch(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+def linear_cross_entropy_op(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, form: str = "chunked"
 ) -> Tensor:
     grad = torch.is_grad_enabled()
     loss, _, _ = _loss(
@@ -29,14 +29,15 @@ def linear_cross_entropy_torch(
         chunk,
         grad and x.requires_grad,
         grad and weight.requires_grad,
+        form,
     )
     return loss
 
 
-def linear_nll_torch(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+def linear_nll_op(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, form: str = "chunked"
 ) -> Tensor:
-    return chunked.nll(x, weight, targets.long(), _products(x, weight), chunk)
+    return chunked.nll(x, weight, targets.long(), _products(x, weight), chunk, form)
 
 
 def _products(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -52,8 +53,9 @@ def _loss(
     chunk: int | None,
     wants_dx: bool,
     wants_dw: bool,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return chunked.loss_and_gradients(x, weight, targets, dtype, chunk, wants_dx, wants_dw)
+    return chunked.loss_and_gradients(x, weight, targets, dtype, chunk, wants_dx, wants_dw, form)
 
 
 @_loss.register_fake
@@ -65,6 +67,7 @@ def _(
     chunk: int | None,
     wants_dx: bool,
     wants_dw: bool,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = accumulation_dtype(x, weight)
     dx = torch.empty_like(x) if wants_dx else x.new_empty(0)
@@ -74,7 +77,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, dx, dw = output
-    *_, ctx.wants_dx, ctx.wants_dw = inputs
+    *_, ctx.wants_dx, ctx.wants_dw, _form = inputs
     ctx.weight_dtype = inputs[1].dtype
     ctx.save_for_backward(dx, dw)
     ctx.set_materialize_grads(False)
@@ -85,7 +88,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
     wanted = grad is not None
     dx = dx * grad.to(dx.dtype) if wanted and ctx.wants_dx else None
     dw = (dw * grad).to(ctx.weight_dtype) if wanted and ctx.wants_dw else None
-    return dx, dw, None, None, None, None, None
+    return dx, dw, None, None, None, None, None, None
 
 
 _loss.register_autograd(_differentiate, setup_context=_save)
@@ -100,6 +103,7 @@ def _(
     chunk: int | None,
     wants_dx: bool,
     wants_dw: bool,
+    form: str = "chunked",
     out_val: Any = None,
 ) -> int:
     """One product per token with a target (per token, where the targets are not known)."""

@@ -1,16 +1,18 @@
 """Monarch matrices: products of two block-diagonal matrices with permutations between them."""
 
+import torch
 from torch import Tensor
 
 from kernels.checks import check_shape
 from kernels.dispatch import choose
 from kernels.monarch.blocks import monarch_blocks
+from kernels.monarch.op import monarch_triton
 from kernels.monarch.project import monarch_project
 from kernels.monarch.reference import monarch_reference
 
 __all__ = ["monarch", "monarch_flops", "monarch_project"]
 
-_FORMS = {"torch": monarch_blocks, "reference": monarch_reference}
+_FORMS = {"triton": monarch_triton, "torch": monarch_blocks, "reference": monarch_reference}
 
 
 def monarch(x: Tensor, w1: Tensor, w2: Tensor, *, backend: str = "auto") -> Tensor:
@@ -33,7 +35,8 @@ def monarch(x: Tensor, w1: Tensor, w2: Tensor, *, backend: str = "auto") -> Tens
         x: (..., n), real or complex.
         w1: (k, q, p), k p = n.
         w2: (l, s, r), l r = k q.
-        backend: "auto", "torch" (two batched products) or "reference" (the dense matrix).
+        backend: "auto", "triton" (of real numbers), "torch" (two batched products) or "reference"
+            (the dense matrix).
 
     Returns:
         (..., l s) in the dtype that products of x and the weights have; autocast applies.
@@ -43,7 +46,8 @@ def monarch(x: Tensor, w1: Tensor, w2: Tensor, *, backend: str = "auto") -> Tens
         BackendError: no such backend.
     """
     _check(x, w1, w2)
-    return choose("monarch", backend, _FORMS, x.device)(x, w1, w2)
+    dtype = torch.promote_types(x.dtype, torch.promote_types(w1.dtype, w2.dtype))
+    return choose("monarch", backend, _FORMS, x.device, dtype)(x, w1, w2)
 
 
 def monarch_flops(tokens: int, w1: tuple[int, ...], w2: tuple[int, ...]) -> int:

@@ -1,16 +1,23 @@
 """Linear attention whose first positions are read by all (JRT-RNN; Arora et al. 2024)."""
 
+from functools import partial
+
 from torch import Tensor
 
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
 from kernels.linear_attention.reference import State
-from kernels.prefix_linear_attention.chunked import prefix_linear_attention_torch, prefix_sums
+from kernels.precision import accumulation_dtype
+from kernels.prefix_linear_attention.chunked import prefix_linear_attention_op, prefix_sums
 from kernels.prefix_linear_attention.reference import prefix_linear_attention_reference
 
 __all__ = ["prefix_linear_attention", "prefix_sums"]
 
-_FORMS = {"torch": prefix_linear_attention_torch, "reference": prefix_linear_attention_reference}
+_FORMS = {
+    "triton": partial(prefix_linear_attention_op, form="triton"),
+    "torch": prefix_linear_attention_op,
+    "reference": prefix_linear_attention_reference,
+}
 
 
 def prefix_linear_attention(
@@ -43,7 +50,7 @@ def prefix_linear_attention(
         return_state: return (y, state) and not y alone.
         segments: int (B, T) document numbers as in `linear_attention`; the prefix belongs to the
             first valid document of each row.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         y (B, T, H, V) in the dtype of v, and (S (B, H, K, V), z (B, H, K)) in float32 (float64
@@ -66,6 +73,6 @@ def prefix_linear_attention(
     if M > T:
         raise ValueError(f"{name}: k_prefix has {M} positions; expected at most q's {T}")
     check_segments(name, segments, B, T)
-    form = choose(name, backend, _FORMS, q.device)
+    form = choose(name, backend, _FORMS, q.device, accumulation_dtype(q, k, v))
     y, state = form(q, k, v, k_prefix, v_prefix, eps=eps, segments=segments)
     return (y, state) if return_state else y

@@ -6,6 +6,7 @@ from torch import Tensor
 from kernels.linear_attention.op import linear_attention_op
 from kernels.linear_attention.reference import State
 from kernels.precision import accumulation_dtype, outside_autocast
+from kernels.prefix_linear_attention.op import prefix_sums_triton
 
 
 @outside_autocast
@@ -20,7 +21,7 @@ def prefix_sums(k_prefix: Tensor, v_prefix: Tensor) -> State:
     return torch.einsum("bmhk,bmhv->bhkv", keys, v_prefix.to(dtype)), keys.sum(1)
 
 
-def prefix_linear_attention_torch(
+def prefix_linear_attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -29,7 +30,10 @@ def prefix_linear_attention_torch(
     *,
     eps: float,
     segments: Tensor | None,
+    form: str = "chunked",
 ) -> tuple[Tensor, State | None]:
+    """Linear attention in `form`, see linear_attention_op, from the prefix's sums."""
+    sums = prefix_sums_triton if form == "triton" else prefix_sums
     return linear_attention_op(
         q,
         k,
@@ -37,7 +41,8 @@ def prefix_linear_attention_torch(
         scale=1.0,
         normalize=True,
         eps=eps,
-        initial_state=prefix_sums(k_prefix, v_prefix),
+        initial_state=sums(k_prefix, v_prefix),
         segments=segments,
         return_state=True,
+        form=form,
     )

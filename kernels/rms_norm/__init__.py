@@ -4,12 +4,18 @@ from torch import Tensor
 
 from kernels.checks import check_floating, check_shape
 from kernels.dispatch import choose
+from kernels.precision import accumulation_dtype
 from kernels.rms_norm.fused import rms_norm_torch
+from kernels.rms_norm.op import rms_norm_triton
 from kernels.rms_norm.reference import rms_norm_reference
 
 __all__ = ["rms_norm"]
 
-_FORMS = {"torch": rms_norm_torch, "reference": rms_norm_reference}
+_FORMS = {
+    "triton": rms_norm_triton,
+    "torch": rms_norm_torch,
+    "reference": rms_norm_reference,
+}
 
 
 def rms_norm(
@@ -36,7 +42,7 @@ def rms_norm(
         norm_before_gate: normalise first, gate after.
         group_size: channels that share one mean; None is all D.
         eps: added to the mean square.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         Of the shape and dtype of x.
@@ -52,7 +58,7 @@ def rms_norm(
         check_shape("rms_norm", "gate", gate, "x.shape", *x.shape)
     if group_size is not None and (group_size < 1 or D % group_size):
         raise ValueError(f"rms_norm: group_size={group_size}; expected a divisor of D = {D}")
-    form = choose("rms_norm", backend, _FORMS, x.device)
+    form = choose("rms_norm", backend, _FORMS, x.device, accumulation_dtype(x))
     return form(
         x, weight, gate=gate, norm_before_gate=norm_before_gate, group_size=group_size, eps=eps
     )

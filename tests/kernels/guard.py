@@ -66,7 +66,7 @@ def _between_guards(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def mutate(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, old: str, new: str
-) -> None:
+) -> types.ModuleType:
     """Put in the place of `module` one whose text has `new` for `old`, which stands there once."""
     original = import_module(module)
     text = Path(original.__file__ or "").read_text()
@@ -78,3 +78,4 @@ def mutate(
     monkeypatch.setitem(sys.modules, module, mutant)
     # Triton reads the text of a kernel through the line cache, by the file that it was compiled in.
     exec(compile(path.read_text(), str(path), "exec"), mutant.__dict__)
+    return mutant

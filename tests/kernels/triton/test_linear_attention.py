@@ -56,9 +56,9 @@ MUTANTS = {
         "v_c = load_tile(v + start * V, rows, at < T, at_v, V)\n    out",
         "v_c = load_tile(v + start * V, rows, at < T, at_v, K)\n    out",
     ),
-    "the chunks' states one late": (
-        "here = (bh * n + c) * K\n        store",
-        "here = (bh * n + i) * K\n        store",
+    "the chunks' states in the wrong order": (
+        "here = (bh * n + c) * K\n        if",
+        "here = (bh * n + n - 1 - c) * K\n        if",
     ),
     "no gradient through the sum of weights": ("dA += g_w[:, None]", "dA += 0 * g_w[:, None]"),
 }
