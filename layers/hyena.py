@@ -38,7 +38,7 @@ class Hyena(LongConvMixer):
         num_inner: its inner layers.
         sine_freq: frequency its sines start from.
         projection: makes W_in and W_out. The filters' network stays dense.
-        backend: form of kernels.long_conv and kernels.causal_conv1d.
+        backend: form of kernels.causal_conv1d, and of kernels.long_conv where it has it.
 
     Parameters, named as in the public code: in_proj.weight ((O+1) D, D), in_proj.bias ((O+1) D,);
     short_filter.weight ((O+1) D, W) (there with a dimension of 1 inside), short_filter.bias;

@@ -40,7 +40,7 @@ class MonarchMixer(LongConvMixer):
         num_inner: their inner layers.
         sine_freq: frequency their sines start from.
         projection: makes W_in and W_out.
-        backend: form of kernels.long_conv and kernels.causal_conv1d.
+        backend: form of kernels.causal_conv1d, and of kernels.long_conv where it has it.
 
     Parameters (public names in brackets): in_proj.weight (3D, D), in_proj.bias (3D,) [in_linear];
     short_filter.weight (3D, W), short_filter.bias (3D,); filter_fn and filter_fn2, of D channels

@@ -61,7 +61,8 @@ class S4D(Mixer):
         max_lr: peak learning rate of log_dt, log_A_real and A_imag where the optimizer's is
             higher; None: no bound.
         projection: makes W.
-        backend: "auto", "torch", or "reference": the recurrence, token by token.
+        backend: "reference", the recurrence token by token; or "auto", "triton", "torch", which are
+            one: its convolution is by Fourier transforms, the vendor's library on every device.
 
     Parameters, named as in the public code (where the first four sit in a submodule `kernel`):
     log_dt (D,); C (D, N/2, 2), real and imaginary parts; log_A_real, A_imag (D, N/2); D (D,); and
@@ -99,8 +100,8 @@ class S4D(Mixer):
             raise ValueError(f"init={init!r}: allowed: lin, inv, quad, real, legs")
         if output not in ("glu", "none"):
             raise ValueError(f"output={output!r}: allowed: glu, none")
-        if backend not in ("auto", "torch", "reference"):
-            raise ValueError(f"backend={backend!r}: allowed: auto, torch, reference")
+        if backend not in ("auto", "triton", "torch", "reference"):
+            raise ValueError(f"backend={backend!r}: allowed: auto, triton, torch, reference")
         self.d_model, self.d_state, self.backend = d_model, d_state, backend
         self.init, self.dt_min, self.dt_max = init, dt_min, dt_max
         self.log_dt, self.D = (nn.Parameter(torch.empty(d_model)) for _ in range(2))

@@ -55,6 +55,18 @@ def monarch() -> Any:
     return kernels.monarch(x, w1, w2, backend="triton")
 
 
+def linear_recurrence() -> Any:
+    """B1 T512 D256, real."""
+    a, b = (_random(1, 512, 256, dtype=torch.float32) for _ in range(2))
+    return kernels.linear_recurrence(a, b, backend="triton")
+
+
+def linear_recurrence_complex() -> Any:
+    """B1 T512 D256, complex as in LRU."""
+    a, b = (torch.rand(1, 512, 256, dtype=torch.complex64).requires_grad_() for _ in range(2))
+    return kernels.linear_recurrence(a, b, backend="triton").real
+
+
 # What to call, by name: that of the operator, and what is special about it.
 CALLS: dict[str, Callable[[], Any]] = {
     call.__name__: call
@@ -65,6 +77,8 @@ CALLS: dict[str, Callable[[], Any]] = {
         rms_norm_gated,
         linear_cross_entropy,
         monarch,
+        linear_recurrence,
+        linear_recurrence_complex,
     )
 }
 

@@ -1,17 +1,23 @@
 """The first-order linear recurrence, real or complex."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kernels.checks import check_not_empty, check_shape
 from kernels.dispatch import choose
 from kernels.linear_recurrence.flops import linear_recurrence_flops
-from kernels.linear_recurrence.op import linear_recurrence_torch
+from kernels.linear_recurrence.op import linear_recurrence_op
 from kernels.linear_recurrence.reference import linear_recurrence_reference
 
 __all__ = ["linear_recurrence", "linear_recurrence_flops"]
 
-_FORMS = {"torch": linear_recurrence_torch, "reference": linear_recurrence_reference}
+_FORMS = {
+    "triton": partial(linear_recurrence_op, form="triton"),
+    "torch": linear_recurrence_op,
+    "reference": linear_recurrence_reference,
+}
 
 
 def linear_recurrence(
@@ -31,7 +37,7 @@ def linear_recurrence(
         a: (B, T, D), or a shape that broadcasts to it, such as (D,) for a constant.
         b: (B, T, D).
         h0: (B, D) state before the first step; zeros by default.
-        backend: "auto", "torch" (blocks of sqrt(T) steps side by side) or "reference".
+        backend: "auto", "triton", "torch" (blocks of sqrt(T) steps side by side) or "reference".
 
     Returns:
         h (B, T, D) in the dtype that a, b, h0 and float32 promote to: no state is kept in half
@@ -56,5 +62,6 @@ def linear_recurrence(
         h0 = b.new_zeros(batch, width)
     check_shape("linear_recurrence", "h0", h0, "(B, D)", batch, width)
     dtype = torch.promote_types(dtype, h0.dtype)
-    form = choose("linear_recurrence", backend, _FORMS, b.device)
+    # Of complex numbers the parts count.
+    form = choose("linear_recurrence", backend, _FORMS, b.device, dtype.to_real())
     return form(a.to(dtype), b.to(dtype), h0.to(dtype))

@@ -102,3 +102,12 @@ def _split(length: int) -> tuple[int, int]:
     """(number of blocks, block length); what they leave over is less than one block."""
     size = math.isqrt(length)
     return length // size, size
+
+
+def backward(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b (B, T, D) and h0 (B, D): g_t conj(h_{t-1}), g and conj(a_1) g_1."""
+    grad_b, grad_h0 = reverse(a, grad)
+    grad_a = torch.empty_like(grad_b)
+    torch.mul(grad_b[:, :1], h0[:, None].conj(), out=grad_a[:, :1])
+    torch.mul(grad_b[:, 1:], h[:, :-1].conj(), out=grad_a[:, 1:])
+    return grad_a, grad_b, grad_h0.contiguous()

@@ -11,47 +11,50 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.linear_recurrence.blocked import forward, reverse
+from kernels.dispatch import implementation
 from kernels.linear_recurrence.flops import linear_recurrence_flops
 from kernels.precision import outside_autocast
 
 
 @custom_op("seqmix::linear_recurrence", mutates_args=())
-def linear_recurrence_torch(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """a, b (B, T, D), h0 (B, D), all of one type -> every state (B, T, D)."""
-    return outside_autocast(forward)(a, b, h0)
+def linear_recurrence_op(a: Tensor, b: Tensor, h0: Tensor, form: str = "blocked") -> Tensor:
+    """a, b (B, T, D), h0 (B, D), all of one type -> every state (B, T, D).
+
+    Args:
+        form: the module of this package that computes, "blocked" or "triton".
+    """
+    return outside_autocast(implementation(__package__, form).forward)(a, b, h0)
 
 
-@linear_recurrence_torch.register_fake
-def _(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+@linear_recurrence_op.register_fake
+def _(a: Tensor, b: Tensor, h0: Tensor, form: str = "blocked") -> Tensor:
     return b.new_empty(b.shape)
 
 
 @custom_op("seqmix::linear_recurrence_backward", mutates_args=())
-def _backward(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to a, b (B, T, D) and h0 (B, D): g, g_t conj(h_{t-1}) and conj(a_1) g_1."""
-    grad_b, grad_h0 = outside_autocast(reverse)(a, grad)
-    grad_a = torch.empty_like(grad_b)
-    torch.mul(grad_b[:, :1], h0[:, None].conj(), out=grad_a[:, :1])
-    torch.mul(grad_b[:, 1:], h[:, :-1].conj(), out=grad_a[:, 1:])
-    return grad_a, grad_b, grad_h0.contiguous()
+def _backward(
+    grad: Tensor, a: Tensor, h: Tensor, h0: Tensor, form: str = "blocked"
+) -> tuple[Tensor, Tensor, Tensor]:
+    return outside_autocast(implementation(__package__, form).backward)(grad, a, h, h0)
 
 
 @_backward.register_fake
-def _(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, a: Tensor, h: Tensor, h0: Tensor, form: str = "blocked"
+) -> tuple[Tensor, Tensor, Tensor]:
     return grad.new_empty(grad.shape), grad.new_empty(grad.shape), h0.new_empty(h0.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    a, _, h0 = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, _, h0, ctx.form = inputs
     ctx.save_for_backward(a, output, h0)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad, *ctx.saved_tensors)
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, ctx.form), None)
 
 
-linear_recurrence_torch.register_autograd(_differentiate, setup_context=_save)
+linear_recurrence_op.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.seqmix.linear_recurrence, get_raw=True)

@@ -1,0 +1,53 @@
+"""Every mixer in a whole model with backend=triton, interpreted, against backend=torch."""
+
+import pytest
+import torch
+from torch import nn
+
+from kernels.launch import why_not_triton
+from tests.kernels.compare import assert_close
+from tests.kernels.guard import guarded_memory
+from tests.tiny import MIXERS, tiny_model
+
+T = 37
+# Both sum in float32, in different orders, through two layers with large weights.
+TOLERANCE = 2e-4
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        why_not_triton(torch.device("cpu"), torch.float32) is not None,
+        reason=str(why_not_triton(torch.device("cpu"), torch.float32)),
+    ),
+]
+
+
+def use(model: nn.Module, backend: str) -> nn.Module:
+    """Every layer with a choice of backend takes this one."""
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend
+    return model
+
+
+def results(mixer: str, backend: str) -> list[torch.Tensor]:
+    """Logits, then the gradients of all parameters, of documents with padding between."""
+    model = use(tiny_model(mixer), backend).eval()
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 31, (2, T))
+    segments = torch.tensor([[0] * 11 + [1] * 20 + [-1] * 6, [-1] * 3 + [4] * 34])
+    logits, _ = model(tokens, segments=segments)
+    valid = logits[segments >= 0]
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(valid.square().sum(), parameters, allow_unused=True)
+    return [valid.detach(), *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_equals_the_torch_backend(mixer):
+    expected = results(mixer, "torch")
+    with guarded_memory() as launched:
+        got = results(mixer, "triton")
+    assert launched, "no kernel ran"
+    for a, b in zip(got, expected, strict=True):
+        assert_close(mixer, a, b, TOLERANCE)
