@@ -212,7 +212,7 @@ class LongConvMixer(Mixer):
                 history=histories[i],
                 segments=segments,
                 transform=self.transform,
-                # Fourier transforms are the vendor's library; Triton is for what stands around them.
+                # Fourier transforms are the vendor's library; Triton is for what is around them.
                 backend="torch" if self.backend == "triton" else self.backend,
             )
 

@@ -45,9 +45,8 @@ def guarded_memory() -> Iterator[list[str]]:
             for side in (slice(None, MARGIN), slice(-MARGIN, None)):
                 if not torch.equal(_bits(whole[side]), _bits(before[side])):
                     raise OutOfBounds(f"{kernel.__name__} wrote beside tensor {number}")
-            if not torch.equal(
-                _bits(inner), _bits(x)
-            ):  # autograd minds a write that changes nothing
+            # Autograd minds a write into what it keeps, even of what stands there already.
+            if not torch.equal(_bits(inner), _bits(x)):
                 x.copy_(inner)
 
     with launching_through(launcher):
