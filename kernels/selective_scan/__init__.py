@@ -5,12 +5,21 @@ from torch import Tensor
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
 from kernels.selective_scan.flops import selective_scan_flops
-from kernels.selective_scan.op import selective_scan_torch
+from kernels.selective_scan.op import (
+    selective_scan_auto,
+    selective_scan_cpp,
+    selective_scan_torch,
+)
 from kernels.selective_scan.reference import selective_scan_reference
 
 __all__ = ["selective_scan", "selective_scan_flops"]
 
-_FORMS = {"torch": selective_scan_torch, "reference": selective_scan_reference}
+_FORMS = {
+    "auto": selective_scan_auto,
+    "cpp": selective_scan_cpp,
+    "torch": selective_scan_torch,
+    "reference": selective_scan_reference,
+}
 
 
 def selective_scan(
@@ -60,7 +69,10 @@ def selective_scan(
         segments: int (B, L) document numbers, non-decreasing over the valid positions; h starts
             at zero in each document. -1 is padding: a step of size zero, which leaves h alone;
             its output is finite and otherwise unspecified.
-        backend: "auto", "torch" (tiles of steps) or "reference" (the loop).
+        backend: "cpp" (on the CPU; compiled on first use, see kernels.native), "torch" (tiles of
+            steps), "reference" (the loop), or "auto": "cpp" where a compiler is there, else
+            "torch" and, on a CPU, one warning. A single step without gradients is the same
+            few torch calls in all but the reference.
 
     Returns:
         y (B, D, L) in the dtype of u, and if asked for the state (B, D, N) after each row's last
@@ -68,7 +80,7 @@ def selective_scan(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or L = 0.
-        BackendError: no such backend.
+        BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, segments)
     form = choose("selective_scan", backend, _FORMS, u.device)

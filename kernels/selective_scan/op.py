@@ -1,16 +1,23 @@
-"""The tiled selective scan as a torch operator: one call for compilers, one node for autograd.
+"""The selective scan as a torch operator: one call for compilers, one node for autograd.
+
+The operator's `form` says what computes it: "torch" (tiles), "cpp", or "auto", which is C++ on a
+CPU where it can be compiled. All forms keep the same states for the backward pass.
 
 B batch, D channels, L time, N state, G groups.
 """
 
+import ctypes
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels import native
+from kernels.dispatch import BackendError
 from kernels.precision import accumulation_dtype, outside_autocast
-from kernels.selective_scan import chunked
+from kernels.selective_scan import chunked, cpp
 from kernels.selective_scan.flops import selective_scan_backward_flops, selective_scan_flops
 from kernels.selective_scan.step import step
 from kernels.selective_scan.tiles import STEPS, Scan
@@ -31,13 +38,17 @@ def _forward(
     initial_state: Tensor | None,
     segments: Tensor | None,
     keep_states: bool,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
-    return chunked.forward(Scan(*arguments), keep_states)
+    scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
+    library = _library(form, u.device)
+    if library is None:
+        return chunked.forward(scan, keep_states)
+    return cpp.forward(library, scan, keep_states)
 
 
 @_forward.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments, keep_states):
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial, segments, keep_states, form):
     (batch, channels, length), N = u.shape, A.shape[1]
     dtype = accumulation_dtype(u)
     last = u.new_empty(batch, channels, N, dtype=dtype)
@@ -64,21 +75,25 @@ def _backward(
     delta_softplus: bool,
     initial_state: Tensor | None,
     segments: Tensor | None,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
-    return chunked.backward(Scan(*arguments), states, grad_y, grad_last)
+    scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
+    library = _library(form, u.device)
+    if library is None:
+        return chunked.backward(scan, states, grad_y, grad_last)
+    return cpp.backward(library, scan, states, grad_y, grad_last)
 
 
 @_backward.register_fake
 def _(grad_y, grad_last, states, *arguments):
-    return chunked.new_gradients(Scan(*arguments), grad_last)
+    return chunked.new_gradients(Scan(*arguments[:-1]), grad_last)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, segments, _ = inputs
+    u, delta, A, B, C, D, z, delta_bias, softplus, initial_state, segments, _, form = inputs
     _, last, states = output
     ctx.save_for_backward(states, u, delta, A, B, C, D, z, delta_bias, initial_state, segments)
-    ctx.delta_softplus, ctx.state_shape = softplus, last.shape
+    ctx.delta_softplus, ctx.state_shape, ctx.form = softplus, last.shape, form
     ctx.set_materialize_grads(False)  # `states` would get a gradient of zeros of its own size
 
 
@@ -91,7 +106,7 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _:
     grads = chunked.Gradients(
         *_backward(
             grad_y, grad_last, states, u, delta, A, B, C, D, z, delta_bias,
-            ctx.delta_softplus, initial_state, segments,
+            ctx.delta_softplus, initial_state, segments, ctx.form,
         )
     )  # fmt: skip
 
@@ -109,6 +124,7 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _:
         of("delta_bias", delta_bias),
         None,
         of("initial_state", initial_state),
+        None,
         None,
         None,
     )
@@ -151,7 +167,19 @@ def _(grad_y_shape: Any, grad_last_shape: Any, *_: Any, **__: Any) -> int:
     return selective_scan_backward_flops(batch, length, channels, grad_last_shape[2])
 
 
-def selective_scan_torch(
+def _library(form: str, device: torch.device) -> ctypes.CDLL | None:
+    """What computes `form` on `device`; None for tiles in PyTorch."""
+    if form == "cpp":
+        if device.type != "cpu":
+            raise BackendError(f"backend='cpp' for selective_scan: u is on {device.type}, not cpu")
+        return native.library(cpp.SOURCE)
+    if form == "torch" or device.type != "cpu" or native.switched_off():
+        return None
+    return native.library_or_none(cpp.SOURCE)
+
+
+def _scan(
+    form: str,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -164,7 +192,7 @@ def selective_scan_torch(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """selective_scan_reference by tiles, or as a single step where there is no gradient to keep."""
+    """selective_scan_reference by `form`, or as a single step where there is no gradient to keep."""
     if B.ndim == 3:
         B, C = B[:, None], C[:, None]
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -172,5 +200,10 @@ def selective_scan_torch(
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
     if u.shape[2] == 1 and not grad:
         return _step(*arguments)
-    y, last, _ = _forward(*arguments, grad)
+    y, last, _ = _forward(*arguments, grad, form)
     return y, last
+
+
+selective_scan_auto, selective_scan_torch, selective_scan_cpp = (
+    partial(_scan, form) for form in ("auto", "torch", "cpp")
+)

@@ -1,0 +1,98 @@
+// Pieces of torch tensors of any strides and dtype as vectors over channels (or states), and back.
+#pragma once
+
+#include "lanes.h"
+
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16 };
+
+// A tensor (batch, row, time) or (batch, group, row, time); rows are channels or states. Strides
+// count elements; `data` is null for a tensor that is not given. Laid out as in cpp.py.
+struct Array {
+  void* data;
+  int64_t dtype, batch, group, row, time;
+};
+
+// Rows row .. row + rows, rows <= WIDTH, and steps start .. start + steps of one batch and group.
+struct Piece {
+  int64_t batch, group, row, start;
+  int rows, steps;
+};
+
+template <class S>
+S* address(const Array& array, const Piece& at) {
+  return static_cast<S*>(array.data) + at.batch * array.batch + at.group * array.group +
+         at.row * array.row + at.start * array.time;
+}
+
+// out[t * pitch + lane]; the lanes behind the last row are 0.
+template <class T, class S>
+void load_from(const Array& array, const Piece& at, T* out, int64_t pitch) {
+  constexpr int W = WIDTH<T>;
+  const S* p = address<const S>(array, at);
+  int t = 0;
+  if (at.rows == W && array.row == 1) {
+    for (; t < at.steps; ++t)
+      for (int i = 0; i < W; ++i) out[t * pitch + i] = convert<T>(p[t * array.time + i]);
+  } else if (at.rows == W && array.time == 1) {
+    for (; t + W <= at.steps; t += W) {
+      Vec<T> square[W];
+      for (int i = 0; i < W; ++i) {
+        alignas(64) T row[W];
+        for (int j = 0; j < W; ++j) row[j] = convert<T>(p[i * array.row + t + j]);
+        std::memcpy(&square[i], row, 64);
+      }
+      transpose<T>(square);
+      for (int j = 0; j < W; ++j) std::memcpy(out + (t + j) * pitch, &square[j], 64);
+    }
+  }
+  for (; t < at.steps; ++t)
+    for (int i = 0; i < W; ++i)
+      out[t * pitch + i] = i < at.rows ? convert<T>(p[i * array.row + t * array.time]) : T(0);
+}
+
+template <class T, class S>
+void store_to(const Array& array, const Piece& at, const Vec<T>* in) {
+  constexpr int W = WIDTH<T>;
+  S* p = address<S>(array, at);
+  int t = 0;
+  if (at.rows == W && array.row == 1) {
+    for (; t < at.steps; ++t)
+      for (int i = 0; i < W; ++i) p[t * array.time + i] = convert<S>(in[t][i]);
+  } else if (at.rows == W && array.time == 1) {
+    for (; t + W <= at.steps; t += W) {
+      Vec<T> square[W];
+      for (int j = 0; j < W; ++j) square[j] = in[t + j];
+      transpose<T>(square);
+      for (int i = 0; i < W; ++i) {
+        alignas(64) T row[W];
+        std::memcpy(row, &square[i], 64);
+        for (int j = 0; j < W; ++j) p[i * array.row + t + j] = convert<S>(row[j]);
+      }
+    }
+  }
+  for (; t < at.steps; ++t)
+    for (int i = 0; i < at.rows; ++i) p[i * array.row + t * array.time] = convert<S>(in[t][i]);
+}
+
+template <class T>
+void load(const Array& array, const Piece& at, T* out, int64_t pitch) {
+  switch (array.dtype) {
+    case FLOAT32: return load_from<T, float>(array, at, out, pitch);
+    case FLOAT64: return load_from<T, double>(array, at, out, pitch);
+    case BFLOAT16: return load_from<T, bf16>(array, at, out, pitch);
+  }
+}
+
+template <class T>
+void load(const Array& array, const Piece& at, Vec<T>* out) {
+  load<T>(array, at, reinterpret_cast<T*>(out), WIDTH<T>);
+}
+
+template <class T>
+void store(const Array& array, const Piece& at, const Vec<T>* in) {
+  switch (array.dtype) {
+    case FLOAT32: return store_to<T, float>(array, at, in);
+    case FLOAT64: return store_to<T, double>(array, at, in);
+    case BFLOAT16: return store_to<T, bf16>(array, at, in);
+  }
+}

@@ -1,0 +1,150 @@
+// One 64-byte vector of floats or doubles by the compiler's vector extensions (GCC, Clang): an
+// AVX-512 register where the CPU has them, else as many narrower ones as it takes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  using V [[gnu::vector_size(64)]] = float;
+  using I [[gnu::vector_size(64)]] = int32_t;
+};
+template <>
+struct Simd<double> {
+  using V [[gnu::vector_size(64)]] = double;
+  using I [[gnu::vector_size(64)]] = int64_t;
+};
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+constexpr int WIDTH = 64 / sizeof(T);
+
+constexpr double LOG2E = 1.4426950408889634;
+constexpr double LINEAR_FROM = 20;  // above it softplus is the identity, as in torch
+
+template <class V>
+inline V all(double x) {
+  return V{} + static_cast<std::remove_reference_t<decltype(V{}[0])>>(x);
+}
+
+// 2^(x y): relative error below 1.5e-7 plus that of rounding x and y to float; 0 below 2^-126,
+// infinity from 2^127.5 on, NaN stays NaN. 2^0 is exactly 1.
+inline Vec<float> exp2_product(Vec<float> x, Vec<float> y) {
+  using V = Vec<float>;
+  using I = Simd<float>::I;
+  // Adding this rounds to an integer n and leaves n + 127, the exponent's bits, in the low bits.
+  constexpr float ROUND = 12582912 + 127;
+  V shifted = x * y + ROUND;
+  shifted = shifted > ROUND + 128 ? all<V>(ROUND + 128) : shifted;
+  const V r = x * y - (shifted - ROUND);  // one rounding: within [-0.5, 0.5]
+  V p = 1.3264723820611835e-3f * r + 9.671512991189957e-3f;
+  p = p * r + 5.550733581185341e-2f;
+  p = p * r + 2.4022242426872253e-1f;
+  p = p * r + 6.931470036506653e-1f;
+  p = p * r + 1.0f;
+  const V power = p * reinterpret_cast<V>(reinterpret_cast<I>(shifted) << 23);
+  return shifted < ROUND - 126 ? V{} : power;
+}
+
+inline Vec<double> exp2_product(Vec<double> x, Vec<double> y) {
+  Vec<double> z = x * y;
+  for (int i = 0; i < WIDTH<double>; ++i) z[i] = std::exp2(z[i]);
+  return z;
+}
+
+template <class V>
+inline V sigmoid(V x) {
+  return 1 / (1 + exp2_product(-x, all<V>(LOG2E)));
+}
+
+// log(1 + e) for 0 <= e <= 1 as 2 atanh(e / (2 + e)): relative error below 1e-7.
+inline Vec<float> log1p_unit(Vec<float> e) {
+  const Vec<float> s = e / (2 + e), y = s * s;
+  Vec<float> p = 0.14006422460079193f * y + 0.1400081366300583f;
+  p = p * y + 0.20010769367218018f;
+  p = p * y + 0.3333320915699005f;
+  return 2 * s * (1 + y * p);
+}
+
+inline Vec<double> log1p_unit(Vec<double> e) {
+  for (int i = 0; i < WIDTH<double>; ++i) e[i] = std::log1p(e[i]);
+  return e;
+}
+
+template <class V>
+inline V softplus(V x) {
+  const V positive = x > 0 ? x : V{}, size = x > 0 ? x : -x;
+  const V smooth = positive + log1p_unit(exp2_product(-size, all<V>(LOG2E)));
+  return x > LINEAR_FROM ? x : smooth;
+}
+
+template <class V>
+inline V softplus_slope(V x) {
+  return x > LINEAR_FROM ? all<V>(1) : sigmoid(x);
+}
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class T, class S>
+inline T convert(S x) {
+  if constexpr (std::is_same_v<S, bf16>) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    const float wide = static_cast<float>(x);
+    uint32_t bits;
+    std::memcpy(&bits, &wide, 4);
+    const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // ties to even
+    return bf16{static_cast<uint16_t>(wide == wide ? nearest : 0x7fc0)};
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// Transposes a WIDTH x WIDTH square: interleaving row i with row i + WIDTH / 2, log2(WIDTH) times.
+template <class T>
+inline void transpose(Vec<T>* rows) {
+  constexpr int W = WIDTH<T>;
+#ifndef __clang__
+  typename Simd<T>::I low, high;
+  for (int i = 0; i < W; ++i) {
+    low[i] = i / 2 + i % 2 * W;
+    high[i] = low[i] + W / 2;
+  }
+#endif
+  for (int round = 1; round < W; round *= 2) {
+    Vec<T> next[W];
+    for (int i = 0; i < W / 2; ++i) {
+      const Vec<T> a = rows[i], b = rows[i + W / 2];
+#ifdef __clang__
+      for (int j = 0; j < W; ++j) {
+        next[2 * i][j] = j % 2 ? b[j / 2] : a[j / 2];
+        next[2 * i + 1][j] = j % 2 ? b[j / 2 + W / 2] : a[j / 2 + W / 2];
+      }
+#else
+      next[2 * i] = __builtin_shuffle(a, b, low);
+      next[2 * i + 1] = __builtin_shuffle(a, b, high);
+#endif
+    }
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
+// The sum over the lanes of each of WIDTH vectors, as the lanes of one.
+template <class T>
+inline Vec<T> lane_sums(const Vec<T>* of) {
+  Vec<T> rows[WIDTH<T>], sum{};
+  for (int i = 0; i < WIDTH<T>; ++i) rows[i] = of[i];
+  transpose<T>(rows);
+  for (const Vec<T>& row : rows) sum += row;
+  return sum;
+}
