@@ -38,7 +38,9 @@ void load_from(const Array& array, const Piece& at, T* out, int64_t pitch) {
       Vec<T> square[W];
       for (int i = 0; i < W; ++i) {
         alignas(64) T row[W];
-        for (int j = 0; j < W; ++j) row[j] = convert<T>(p[i * array.row + t + j]);
+        const S* from = p + i * array.row + t;
+        for (int j = 0; j < W; ++j) row[j] = convert<T>(from[j]);
+        __builtin_prefetch(from + at.steps);  // rows are far apart: no prefetcher sees the next
         std::memcpy(&square[i], row, 64);
       }
       transpose<T>(square);

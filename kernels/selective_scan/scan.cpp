@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int CHUNK = 64;
+constexpr int AT_ONCE = 4;  // states; those behind the last of N have rate, B and C 0, and stay 0
 enum Flag : uint8_t { PLAIN, RESTART, PADDING };  // what segments say about a position
 
 }  // namespace
@@ -52,7 +53,7 @@ struct Block {
   int64_t channel;
   int rows;
   Vec<T> skip{}, bias{};
-  Buffer<T> rates, state;  // N vectors each: A log2(e), and h or its adjoint
+  Buffer<T> rates, state;  // M vectors each: A log2(e), and h or its adjoint
 };
 
 // (.., D, N) -> N vectors over channels, and back.
@@ -76,13 +77,13 @@ struct Unit {
   static constexpr int W = WIDTH<T>;
   const Problem& p;
   int64_t row, group, chunk;
-  int64_t N, pitch;  // of B and C in a tile
+  int64_t N, M, pitch;  // M: N rounded up; pitch: of B and C in a tile
   int num_blocks;
   Block<T> blocks[CHUNK / W];
   Buffer<T> B, C;                     // (steps, pitch / W) vectors over states
   Buffer<T> u, delta, step, z, y, g;  // (steps) vectors over channels
 
-  Unit(const Problem& p, int64_t index) : p(p), N(p.states), pitch(rounded_up(p.states, W)) {
+  Unit(const Problem& p, int64_t index) : p(p), N(p.states), M(rounded_up(N, AT_ONCE)), pitch(rounded_up(N, W)) {
     const int64_t width = p.channels / p.groups, chunks = (width + CHUNK - 1) / CHUNK;
     chunk = index % chunks;
     group = index / chunks % p.groups;
@@ -94,8 +95,8 @@ struct Unit {
       Block<T>& block = blocks[j];
       block.channel = first + j * W;
       block.rows = static_cast<int>(std::min<int64_t>(W, end - block.channel));
-      block.rates = buffer<T>(N);
-      block.state = buffer<T>(N);
+      block.rates = buffer<T>(M);
+      block.state = buffer<T>(M);
       gather<T>(p.A, block.channel, block.rows, N, block.rates.get());
       for (int64_t n = 0; n < N; ++n) block.rates[n] *= T(LOG2E);
       if (p.D) gather<T>(p.D, block.channel, block.rows, 1, &block.skip);
@@ -153,14 +154,18 @@ struct Unit {
       const bool restart = flag && flag[t] == RESTART;
       const Vec<T> size = step[t], input = size * u[t];
       Vec<T> sum = block.skip * u[t];
-      if (restart) std::fill(h, h + N, Vec<T>{});
-      for (int64_t n = 0; n < N; ++n) {
-        const Vec<T> a = exp2_product(size, rates[n]);
-        h[n] = a * h[n] + input * b[n];
-        sum += h[n] * c[n];
-        if constexpr (KEEP) {
-          decays[t * N + n] = restart ? Vec<T>{} : a;
-          states[t * N + n] = h[n];
+      if (restart) std::fill(h, h + M, Vec<T>{});
+      for (int64_t n = 0; n < M; n += AT_ONCE) {
+        Vec<T> a[AT_ONCE];
+        exp2_products<AT_ONCE>(size, rates + n, a);
+        for (int k = 0; k < AT_ONCE; ++k) {
+          const Vec<T> now = a[k] * h[n + k] + input * b[n + k];
+          h[n + k] = now;
+          sum += now * c[n + k];
+          if constexpr (KEEP) {
+            decays[t * M + n + k] = restart ? Vec<T>{} : a[k];
+            states[t * M + n + k] = now;
+          }
         }
       }
       y[t] = sum;
@@ -197,22 +202,22 @@ struct Unit {
 // that its tile hands on.
 template <class T>
 struct Backward : Unit<T> {
-  using Unit<T>::p, Unit<T>::N, Unit<T>::W, Unit<T>::pitch, Unit<T>::row, Unit<T>::blocks;
+  using Unit<T>::p, Unit<T>::N, Unit<T>::M, Unit<T>::W, Unit<T>::pitch, Unit<T>::row, Unit<T>::blocks;
   using Unit<T>::u, Unit<T>::delta, Unit<T>::step, Unit<T>::z, Unit<T>::y, Unit<T>::g;
   using Unit<T>::num_blocks;
-  Buffer<T> h;                         // N
-  Buffer<T> decays, states;            // (steps, N)
+  Buffer<T> h;                         // M
+  Buffer<T> decays, states;            // (steps, M)
   Buffer<T> sums_B, sums_C;            // (steps, pitch), over channels by lane
   Buffer<T> grad_u, grad_step;         // (steps)
-  Buffer<T> grad_A[CHUNK / WIDTH<T>];  // N each
+  Buffer<T> grad_A[CHUNK / WIDTH<T>];  // M each
   Vec<T> grad_D[CHUNK / WIDTH<T>]{}, grad_bias[CHUNK / WIDTH<T>]{};
 
   Backward(const Problem& p, int64_t index) : Unit<T>(p, index) {
-    h = buffer<T>(N);
-    for (Buffer<T>* each : {&decays, &states}) *each = buffer<T>(p.steps * N);
+    h = buffer<T>(M);
+    for (Buffer<T>* each : {&decays, &states}) *each = buffer<T>(p.steps * M);
     for (Buffer<T>* each : {&sums_B, &sums_C}) *each = buffer<T>(p.steps * pitch);
     for (Buffer<T>* each : {&grad_u, &grad_step}) *each = buffer<T>(p.steps);
-    for (int j = 0; j < num_blocks; ++j) grad_A[j] = buffer<T>(N);
+    for (int j = 0; j < num_blocks; ++j) grad_A[j] = buffer<T>(M);
   }
 
   void backward() {
@@ -282,14 +287,14 @@ struct Backward : Unit<T> {
     for (int t = steps - 1; t >= 0; --t) {
       const T* b = reinterpret_cast<const T*>(this->B.get()) + t * pitch;
       const T* c = reinterpret_cast<const T*>(this->C.get()) + t * pitch;
-      const Vec<T>* __restrict__ a = decays.get() + t * N;
-      const Vec<T>* __restrict__ here = states.get() + t * N;
-      const Vec<T>* __restrict__ before = t ? here - N : h.get();
+      const Vec<T>* __restrict__ a = decays.get() + t * M;
+      const Vec<T>* __restrict__ here = states.get() + t * M;
+      const Vec<T>* __restrict__ before = t ? here - M : h.get();
       Vec<T>* __restrict__ sum_b = sums_B.get() + t * pitch;
       Vec<T>* __restrict__ sum_c = sums_C.get() + t * pitch;
       const Vec<T> size = step[t], input = size * u[t], grad = g[t];
       Vec<T> into{}, by_step{};
-      for (int64_t n = 0; n < N; ++n) {
+      for (int64_t n = 0; n < M; ++n) {
         const Vec<T> lam = c[n] * grad + later[n];
         later[n] = a[n] * lam;
         const Vec<T> exponent = later[n] * before[n];
