@@ -32,19 +32,19 @@ inline V all(double x) {
   return V{} + static_cast<std::remove_reference_t<decltype(V{}[0])>>(x);
 }
 
-// out[k] = 2^(x y[k]): relative error below 1.5e-7 plus that of rounding x and y to float; 0 below
+// out[k] = 2^(x[k] y[k]): relative error below 1.5e-7 plus that of rounding x and y to float; 0 below
 // 2^-126, infinity from 2^127.5 on, NaN stays NaN. 2^0 is exactly 1. Several at once keep the
 // processor busy, which would wait for one chain of operations.
 template <int K>
-inline void exp2_products(Vec<float> x, const Vec<float>* y, Vec<float>* out) {
+inline void exp2_products(const Vec<float>* x, const Vec<float>* y, Vec<float>* out) {
   using V = Vec<float>;
   using I = Simd<float>::I;
   // Adding this rounds to an integer n and leaves n + 127, the exponent's bits, in the low bits.
   constexpr float ROUND = 12582912 + 127;
   V n[K], r[K], p[K];
-  for (int k = 0; k < K; ++k) n[k] = x * y[k] + ROUND;
+  for (int k = 0; k < K; ++k) n[k] = x[k] * y[k] + ROUND;
   for (int k = 0; k < K; ++k) n[k] = n[k] > ROUND + 128 ? all<V>(ROUND + 128) : n[k];
-  for (int k = 0; k < K; ++k) r[k] = x * y[k] - (n[k] - ROUND);  // rounded once; in [-0.5, 0.5]
+  for (int k = 0; k < K; ++k) r[k] = x[k] * y[k] - (n[k] - ROUND);  // rounded once; in [-0.5, 0.5]
   for (int k = 0; k < K; ++k) p[k] = 1.3264723820611835e-3f * r[k] + 9.671512991189957e-3f;
   for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 5.550733581185341e-2f;
   for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 2.4022242426872253e-1f;
@@ -55,16 +55,16 @@ inline void exp2_products(Vec<float> x, const Vec<float>* y, Vec<float>* out) {
 }
 
 template <int K>
-inline void exp2_products(Vec<double> x, const Vec<double>* y, Vec<double>* out) {
+inline void exp2_products(const Vec<double>* x, const Vec<double>* y, Vec<double>* out) {
   for (int k = 0; k < K; ++k)
-    for (int i = 0; i < WIDTH<double>; ++i) out[k][i] = std::exp2(x[i] * y[k][i]);
+    for (int i = 0; i < WIDTH<double>; ++i) out[k][i] = std::exp2(x[k][i] * y[k][i]);
 }
 
 template <class V>
 inline V exp(V x) {
   const V log2e = all<V>(LOG2E);
   V y;
-  exp2_products<1>(x, &log2e, &y);
+  exp2_products<1>(&x, &log2e, &y);
   return y;
 }
 
