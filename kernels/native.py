@@ -32,6 +32,11 @@ def switched_off() -> bool:
     return os.environ.get(SWITCH, "") not in ("", "0")
 
 
+def has_compiler() -> bool:
+    """Whether C++ forms are switched on and a compiler is there."""
+    return not switched_off() and _compiler() is not None
+
+
 def library(source: Path) -> ctypes.CDLL:
     """The library built from `source` and the headers beside it.
 
@@ -57,7 +62,7 @@ def library_or_none(source: Path) -> ctypes.CDLL | None:
 
 @cache
 def _library(source: Path) -> ctypes.CDLL:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = _compiler()
     if compiler is None:
         raise BackendError(
             f"backend='cpp' needs a C++ compiler: {os.environ.get('CXX', 'c++')!r} is not there; "
@@ -72,6 +77,10 @@ def _library(source: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise BackendError(f"backend='cpp': {target} does not load: {error}") from error
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:

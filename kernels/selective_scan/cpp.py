@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import native
 from kernels.selective_scan.chunked import Gradients, new_gradients
 from kernels.selective_scan.tiles import STEPS, Scan
 
@@ -94,9 +93,7 @@ class _Call:
         self.held.append(tensor)
 
 
-def forward(
-    library: ctypes.CDLL, scan: Scan, keep_states: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(library: ctypes.CDLL, scan: Scan, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As chunked.forward, with the same states in front of the same tiles."""
     (batch, channels, _), N = scan.u.shape, scan.A.shape[1]
     call = _Call(library, scan)

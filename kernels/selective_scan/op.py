@@ -192,7 +192,7 @@ def _scan(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """selective_scan_reference by `form`, or as a single step where there is no gradient to keep."""
+    """selective_scan_reference by `form`, or as one step if there is no gradient to keep."""
     if B.ndim == 3:
         B, C = B[:, None], C[:, None]
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
