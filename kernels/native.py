@@ -87,10 +87,11 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
     print(f"compiling {source.name} once, some seconds, into {target}", file=sys.stderr, flush=True)
     unfinished = target.with_suffix(f".{os.getpid()}")
     command = [compiler, *FLAGS, str(source), "-o", str(unfinished)]
+    english = os.environ | {"LC_ALL": "C"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=english)
         if done.returncode:
-            first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
+            first = next((x for x in done.stderr.splitlines() if "error:" in x), "no message")
             raise BackendError(f"backend='cpp': {compiler} fails on {source.name}: {first.strip()}")
         os.replace(unfinished, target)  # a library is there as a whole or not at all
     except (OSError, subprocess.TimeoutExpired) as error:
