@@ -83,10 +83,10 @@ class _Call:
         self._pointer(name, made)
         return made
 
-    def run(self, function: str) -> None:
+    def run(self, function: str) -> int:
         """`function` in the dtype of states."""
         bits = 8 * self.dtype.itemsize
-        getattr(self.library, f"{function}{bits}")(ctypes.byref(self.problem))
+        return getattr(self.library, f"{function}{bits}")(ctypes.byref(self.problem))
 
     def _pointer(self, name: str, tensor: Tensor) -> None:
         setattr(self.problem, name, tensor.data_ptr())
@@ -129,7 +129,7 @@ def backward(
     call.states("kept", states)
     call.states("grad_last", grad_last)
     initial = call.result("grad_initial", batch, channels, N)
-    chunks = -(-channels // groups // library.chunk_channels())
+    chunks = call.run("chunks")
     parts = {
         "A": call.result("parts_A", batch, channels, N),
         "D": call.result("parts_D", batch, channels),
