@@ -14,6 +14,7 @@ D head width.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -30,7 +31,7 @@ LN_2 = tl.constexpr(math.log(2))
 
 @triton.jit
 def span(lows, highs, window, row, at, T, S, CAUSAL: tl.constexpr):
-    """First key and end of what the queries `at` see, padding aside; S and 0 outside of T.
+    """First key and end of what the queries `at` see, padding aside; the end is 0 outside of T.
 
     `row` is the offset of the batch row in `lows` and `highs` (B, T), which may be None.
     """
@@ -44,7 +45,7 @@ def span(lows, highs, window, row, at, T, S, CAUSAL: tl.constexpr):
             high = at + (S - T + 1)
         if window is not None:
             low = tl.maximum(high - window, 0)
-        low, high = tl.where(at < T, low, S), tl.where(at < T, high, 0)
+        high = tl.where(at < T, high, 0)
     return low, high
 
 
@@ -74,6 +75,7 @@ def parts(begin, end, low, high, PART: tl.constexpr, BLOCK: tl.constexpr):
 def attend(
     q, k, v, segments, lows, highs, y, log_sum,
     scale, window, T, S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a block of queries and their l, (B, H, T), over (blocks, H, B)."""
@@ -86,7 +88,7 @@ def attend(
     most = tl.full((BT,), -float("inf"), tl.float32)
     total = tl.zeros((BT,), tl.float32)
     out = tl.zeros((BT, BD), tl.float32)
-    for part in tl.static_range(3):
+    for part in tl.static_range(0 if WINDOWED else 1, 3):
         first, last = parts(tl.min(low), tl.max(high), tl.max(low), tl.min(high), part, BS)
         for i in range(first, last, BS):
             keys, key = i + tl.arange(0, BS), (batch * S + i) * G + head // (H // G)
@@ -130,39 +132,31 @@ def differentiate_q(
     sums = load_rows(log_sum + (batch * H + head) * T, at, at < T) * LOG2_E
     q_b = load_tile(q + start * D, rows * H, at < T, columns, D)
     dq_b = tl.zeros((BT, BD), tl.float32)
-    for part in tl.static_range(3):
-        first, last = parts(tl.min(low), tl.max(high), tl.max(low), tl.min(high), part, BS)
-        for i in range(first, last, BS):
-            keys, key = i + tl.arange(0, BS), (batch * S + i) * G + head // (H // G)
-            k_b = load_tile(k + key * D, tl.arange(0, BS) * G, keys < S, columns, D)
-            v_b = load_tile(v + key * D, tl.arange(0, BS) * G, keys < S, columns, D)
-            exponents = dot(q_b, tl.trans(k_b), DOT) * (scale * LOG2_E) - sums[:, None]
-            if part != 1:
-                seen = (keys[None] >= low[:, None]) & (keys[None] < high[:, None])
-                exponents = tl.where(seen, exponents, -float("inf"))
-            if segments is not None:
-                valid = there(segments, batch * S, keys, S)
-                exponents = tl.where(valid[None], exponents, -float("inf"))
-            d_weights = dot(g, tl.trans(v_b), DOT) - inner[:, None]
-            dq_b += dot(tl.exp2(exponents) * d_weights, k_b, DOT)
+    for i in range(tl.min(low), tl.max(high), BS):
+        keys, key = i + tl.arange(0, BS), (batch * S + i) * G + head // (H // G)
+        k_b = load_tile(k + key * D, tl.arange(0, BS) * G, keys < S, columns, D)
+        v_b = load_tile(v + key * D, tl.arange(0, BS) * G, keys < S, columns, D)
+        exponents = dot(q_b, tl.trans(k_b), DOT) * (scale * LOG2_E) - sums[:, None]
+        seen = (keys[None] >= low[:, None]) & (keys[None] < high[:, None])
+        seen = seen & there(segments, batch * S, keys, S)[None]
+        weights = tl.exp2(tl.where(seen, exponents, -float("inf")))
+        d_weights = dot(g, tl.trans(v_b), DOT) - inner[:, None]
+        dq_b += dot(weights * d_weights, k_b, DOT)
     store_tile(dq + start * D, dq_b * scale, rows * H, at < T, columns, D)
 
 
 @triton.jit
 def readers_of(firsts, lasts, window, batch, block, T, S, CAUSAL: tl.constexpr, BS: tl.constexpr):
-    """First query and end that see a key of the block; those that see all of it, where known."""
-    past, key = S - T, block * BS
-    begin, end, low, high = 0, T, 0, T
+    """First query and end that see a key of the block."""
+    begin, end = 0, T
     if firsts is not None:
         place = batch * tl.cdiv(S, BS) + block
         begin, end = tl.load(firsts + place), tl.load(lasts + place)
-        low, high = end, end
     elif CAUSAL:
-        begin, low = tl.maximum(key - past, 0), tl.maximum(key + BS - 1 - past, 0)
+        begin = tl.maximum(block * BS - (S - T), 0)
         if window is not None:
-            end = tl.minimum(key + BS - 1 + window - past, T)
-            high = tl.minimum(key + window - past, T)
-    return begin, end, low, high
+            end = tl.minimum((block + 1) * BS - 1 + window - (S - T), T)
+    return begin, end
 
 
 @triton.jit
@@ -178,28 +172,23 @@ def differentiate_kv(
     k_b = load_tile(k + start * D, rows * G, keys < S, columns, D)
     v_b = load_tile(v + start * D, rows * G, keys < S, columns, D)
     valid = there(segments, batch * S, keys, S)
-    begin, end, low, high = readers_of(firsts, lasts, window, batch, block, T, S, CAUSAL, BS)
+    begin, end = readers_of(firsts, lasts, window, batch, block, T, S, CAUSAL, BS)
     dk_b = tl.zeros((BS, BD), tl.float32)
     dv_b = tl.zeros((BS, BD), tl.float32)
     for head in range(key_head * (H // G), (key_head + 1) * (H // G)):
-        for part in tl.static_range(3):
-            first, last = parts(begin, end, low, high, part, BT)
-            for i in range(first, last, BT):
-                at, query = i + columns_t, (batch * T + i) * H + head
-                q_b = load_tile(q + query * D, columns_t * H, at < T, columns, D)
-                g = load_tile(grad_y + query * D, columns_t * H, at < T, columns, D)
-                line = (batch * H + head) * T
-                sums = load_rows(log_sum + line, at, at < T) * LOG2_E
-                exponents = dot(k_b, tl.trans(q_b), DOT) * (scale * LOG2_E) - sums[None]
-                if part != 1:
-                    from_key, to_key = span(lows, highs, window, batch * T, at, T, S, CAUSAL)
-                    seen = (keys[:, None] >= from_key[None]) & (keys[:, None] < to_key[None])
-                    exponents = tl.where(seen & valid[:, None], exponents, -float("inf"))
-                weights = tl.exp2(exponents)
-                dv_b += dot(weights, g, DOT)
-                inner = load_rows(inners + line, at, at < T)
-                d_weights = dot(v_b, tl.trans(g), DOT) - inner[None]
-                dk_b += dot(weights * d_weights, q_b, DOT)
+        line = (batch * H + head) * T
+        for i in range(begin, end, BT):
+            at, query = i + columns_t, (batch * T + i) * H + head
+            q_b = load_tile(q + query * D, columns_t * H, at < T, columns, D)
+            g = load_tile(grad_y + query * D, columns_t * H, at < T, columns, D)
+            sums = load_rows(log_sum + line, at, at < T) * LOG2_E
+            exponents = dot(k_b, tl.trans(q_b), DOT) * (scale * LOG2_E) - sums[None]
+            low, high = span(lows, highs, window, batch * T, at, T, S, CAUSAL)
+            seen = (keys[:, None] >= low[None]) & (keys[:, None] < high[None]) & valid[:, None]
+            weights = tl.exp2(tl.where(seen, exponents, -float("inf")))
+            dv_b += dot(weights, g, DOT)
+            d_weights = dot(v_b, tl.trans(g), DOT) - load_rows(inners + line, at, at < T)[None]
+            dk_b += dot(weights * d_weights, q_b, DOT)
     store_tile(dk + start * D, dk_b * scale, rows * G, keys < S, columns, D)
     store_tile(dv + start * D, dv_b, rows * G, keys < S, columns, D)
 
@@ -214,14 +203,15 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, H, D), and the log of each query's sum of exponentials, float32 (B, H, T)."""
-    B, T, H, D = q.shape
+    B, T, H = q.shape[:3]
     call = _Call(q, k, v, segments, causal, window)
     y, log_sum = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    BT, BS, warps = call.tiles(128, 64)
+    tiles = call.tiles[attend]
     launch(
-        attend, (ceil_div(T, BT), H, B),
+        attend, (ceil_div(T, tiles["BT"]), H, B),
         *call.inputs, call.segments, *call.spans, y, log_sum,
-        scale, call.window, *call.sizes, CAUSAL=causal, BT=BT, BS=BS, warps=warps, **call.widths,
+        scale, call.window, *call.sizes, CAUSAL=causal, WINDOWED=call.windowed,
+        **tiles, **call.widths,
     )  # fmt: skip
     return y, log_sum
 
@@ -239,25 +229,38 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    (B, T, H), (S, G) = q.shape[:3], k.shape[1:3]
     call = _Call(q, k, v, segments, causal, window)
     dq, dk, dv = (torch.empty_like(x) for x in call.inputs)
-    grad_y, inners = grad_y.contiguous(), torch.empty_like(log_sum)
-    BT, BS, warps = call.tiles(64, 64)
+    grad_y, y, log_sum = (x.contiguous() for x in (grad_y, y, log_sum))
+    inners = torch.empty_like(log_sum)
+    tiles = call.tiles[differentiate_q]
     launch(
-        differentiate_q, (ceil_div(T, BT), H, B),
+        differentiate_q, (ceil_div(T, tiles["BT"]), H, B),
         *call.inputs, y, grad_y, log_sum, call.segments, *call.spans, dq, inners,
-        scale, call.window, *call.sizes, CAUSAL=causal, BT=BT, BS=BS, warps=warps, **call.widths,
+        scale, call.window, *call.sizes, CAUSAL=causal, **tiles, **call.widths,
     )  # fmt: skip
+    tiles = call.tiles[differentiate_kv]
     firsts = lasts = None
     if segments is not None:
-        firsts, lasts = readers(*call.spans, S, BS)
+        firsts, lasts = readers(*call.spans, S, tiles["BS"])
     launch(
-        differentiate_kv, (ceil_div(S, BS), G, B),
+        differentiate_kv, (ceil_div(S, tiles["BS"]), G, B),
         *call.inputs, grad_y, log_sum, inners, call.segments, *call.spans, firsts, lasts, dk, dv,
-        scale, call.window, *call.sizes, CAUSAL=causal, BT=BT, BS=BS, warps=warps, **call.widths,
+        scale, call.window, *call.sizes, CAUSAL=causal, **tiles, **call.widths,
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _tiles(width: int, dtype: tl.dtype) -> dict[Any, dict[str, int]]:
+    """Queries and keys of a block, and warps, for each kernel: the largest that spill nowhere."""
+    if dtype == tl.float32 or width > 128:
+        sizes = {attend: (32, 32, 4), differentiate_q: (32, 32, 4), differentiate_kv: (32, 32, 4)}
+    elif width > 64:
+        sizes = {attend: (64, 32, 4), differentiate_q: (64, 32, 4), differentiate_kv: (32, 64, 4)}
+    else:
+        sizes = {attend: (128, 64, 8), differentiate_q: (64, 64, 4), differentiate_kv: (32, 64, 4)}
+    return {kernel: {"BT": t, "BS": s, "warps": w} for kernel, (t, s, w) in sizes.items()}
 
 
 class _Call:
@@ -275,12 +278,11 @@ class _Call:
         (_, T, H, D), (S, G) = q.shape, k.shape[1:3]
         self.inputs = [x.contiguous() for x in (q, k, v)]
         self.sizes = (T, S, H, G, D)
-        self.widths = {"BD": block_of(D, 1 << 20), "DOT": dot_dtype(q, k, v)}
+        self.widths = {"BD": block_of(D, 1 << 30), "DOT": dot_dtype(q, k, v)}
+        self.tiles = _tiles(D, self.widths["DOT"])
         self.window = window if window is not None and window < S else None
+        self.windowed = self.window is not None or segments is not None
         self.segments, self.spans = segments, (None, None)
         if segments is not None:
             self.segments = segments.contiguous()
             self.spans = spans(self.segments, T, causal, self.window)
-
-    def tiles(self, queries: int, keys: int) -> tuple[int, int, int]:
-        return queries, keys, 4
