@@ -128,4 +128,14 @@ class Bench:
     out: str | None
 
 
-SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval, "bench": Bench}
+@dataclass
+class Export:
+    """conf/export.yaml: what export.py takes."""
+
+    run: str
+    to: str
+    checkpoint: str
+    data: Data
+
+
+SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval, "bench": Bench, "export": Export}
