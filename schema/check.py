@@ -36,8 +36,9 @@ def check(cfg: DictConfig, config_name: str = "config") -> None:
         with _named("task"):
             instantiate(cfg.task)
     if config_name == "eval":
-        with _named("eval"):
-            instantiate(cfg.eval)
+        for key in ("eval", "lm_eval"):
+            with _named(key):
+                instantiate(cfg[key])
     elif config_name == "config":
         check_pattern(values["pattern"], values["mixers"])
         _check_depth(values["pattern"], values["model"]["num_layers"])

@@ -98,6 +98,7 @@ class Eval:
     checkpoint: str
     split: Literal["validation", "test"]
     eval: Node
+    lm_eval: Node
     data: Data
     accelerator: Accelerator
     precision: Precision
