@@ -26,7 +26,8 @@ class SliceScore:
     """Of every sequence, how many positions are labelled, `labels` (N,), and `right` (N,).
 
     `chance` is the accuracy of the task's guesser, `chance_of_vocabulary` of naming any possible
-    answer.
+    answer. `length` are the positions of a sequence, `state_bytes` what the model holds of one
+    after it.
     """
 
     name: str
@@ -34,6 +35,8 @@ class SliceScore:
     chance_of_vocabulary: float
     right: np.ndarray
     labels: np.ndarray
+    length: int = 0
+    state_bytes: int = 0
 
     @property
     def sequence_accuracy(self) -> float:
@@ -62,6 +65,8 @@ class SliceScore:
             "slice": self.name,
             "chance": self.chance,
             "chance_of_vocabulary": self.chance_of_vocabulary,
+            "length": self.length,
+            "state_bytes": self.state_bytes,
             "sequences": n,
             "positions": int(self.labels.sum()),
             "sequence_accuracy": self.sequence_accuracy,
@@ -73,23 +78,36 @@ class SliceScore:
 
 
 @torch.no_grad()
-def score_slice(model: TokenModel, part: RecallSlice, tokens_at_once: int) -> SliceScore:
-    """Read the examples of one slice, about `tokens_at_once` tokens per pass, at least a row.
+def score_slice(
+    model: TokenModel, part: RecallSlice, batch_size: int = 8, chunk: int = 512
+) -> SliceScore:
+    """Read the examples of one slice, about `batch_size * chunk` tokens per pass.
+
+    Examples longer than `chunk` are read in pieces, the states handed on, so that memory does not
+    grow with their length under a model of bounded states; a leaky model reads them whole.
 
     Raises:
         ValueError: a sequence without a label.
     """
     right, labels = [], []
     device = model.head_weight.device
-    rows = max(1, tokens_at_once // part.inputs.shape[1])
+    length = part.inputs.shape[1]
+    piece = length if model.causal == "leaky" else min(chunk, length)
+    rows = max(1, batch_size * chunk // max(piece, 1))
+    state_bytes = model.state_bytes(1, length)
     with evaluation_mode(model):
         for first in range(0, len(part.inputs), rows):
             inputs = torch.from_numpy(part.inputs[first : first + rows]).to(device)
             targets = torch.from_numpy(part.labels[first : first + rows]).to(device)
-            h, _ = model.hidden(inputs)
             asked = targets != IGNORED
             correct = torch.zeros_like(asked)
-            correct[asked] = predict(model, h[asked]) == targets[asked]
+            state = model.new_state(len(inputs), length, device) if piece < length else None
+            for begin in range(0, length, piece):
+                here = slice(begin, begin + piece)
+                more = begin + piece < length
+                h, state = model.hidden(inputs[:, here], state, want_state=more)
+                found = predict(model, h[asked[:, here]]) == targets[:, here][asked[:, here]]
+                correct[:, here][asked[:, here]] = found
             right.append(correct.sum(dim=1).cpu().numpy())
             labels.append(asked.sum(dim=1).cpu().numpy())
     if not np.concatenate(labels).all():
@@ -100,11 +118,13 @@ def score_slice(model: TokenModel, part: RecallSlice, tokens_at_once: int) -> Sl
         part.chance_of_vocabulary,
         np.concatenate(right),
         np.concatenate(labels),
+        length,
+        state_bytes,
     )
 
 
 def pooled(scores: Sequence[SliceScore], name: str = "all") -> SliceScore:
-    """All sequences of several slices as one, its chances their means."""
+    """All sequences of several slices as one: chances are means, length and state the largest."""
     sizes = [len(score.labels) for score in scores]
     return SliceScore(
         name,
@@ -112,11 +132,15 @@ def pooled(scores: Sequence[SliceScore], name: str = "all") -> SliceScore:
         float(np.average([score.chance_of_vocabulary for score in scores], weights=sizes)),
         np.concatenate([score.right for score in scores]),
         np.concatenate([score.labels for score in scores]),
+        max(score.length for score in scores),
+        max(score.state_bytes for score in scores),
     )
 
 
 def predict(model: TokenModel, h: Tensor) -> Tensor:
     """The most likely token (N,) after hidden vectors (N, D)."""
+    if not len(h):
+        return torch.empty(0, dtype=torch.int64, device=h.device)
     parts = [
         nn.functional.linear(part, model.head_weight).argmax(-1) for part in h.split(HEAD_ROWS)
     ]

@@ -54,6 +54,13 @@ class Difficulty(ABC):
         """Expected accuracy of naming any possible answer at random."""
 
     @property
+    def context(self) -> int | None:
+        """Leading positions that hold all there is to know and no question; None where questions
+        stand among what they ask for.
+        """
+        return None
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Names under which slices are also scored together."""
         return ()

@@ -5,7 +5,7 @@ B batch, N examples, L length of an example, V vocabulary.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,9 +16,10 @@ from torch.utils.data import Dataset, default_collate
 from schema.errors import ConfigError
 from tasks.base import IGNORED, PADDING, SPLITS, Batch, Recipe, Split, Task, as_record
 from tasks.recall.difficulty import Difficulty
-from tasks.recall.slices import Slice, read_slices
+from tasks.recall.slices import Slice, changed, read_slices
 
 _ORDER_STREAM = len(SPLITS)  # the random stream after those of the splits
+_LENGTH_STREAM = _ORDER_STREAM + 1
 _FILLER = 0  # what padding is read as; `segments` says that it is none of the sequence
 
 
@@ -26,7 +27,8 @@ _FILLER = 0  # what padding is read as; `segments` says that it is none of the s
 class RecallSlice:
     """Examples to score: int64 `inputs` and `labels` (N, L), labels IGNORED where nothing is asked.
 
-    `groups` are the names under which slices are also scored together.
+    `groups` are the names under which slices are also scored together, `context` the leading
+    positions that hold all there is to know, see Difficulty.
     """
 
     name: str
@@ -35,6 +37,7 @@ class RecallSlice:
     chance: float
     chance_of_vocabulary: float
     groups: tuple[str, ...] = ()
+    context: int | None = None
 
 
 class Recall(Task):
@@ -151,16 +154,37 @@ class Recall(Task):
             members.setdefault(each.name, []).append(i)
         data, slices = self._generated(split), self._slices_of(split)
         return {
-            name: RecallSlice(
+            name: _scored(
                 name,
-                np.concatenate([data[i][0] for i in same]).astype(np.int64),
-                np.concatenate([data[i][1] for i in same]).astype(np.int64),
-                slices[same[0]].config.chance,
-                slices[same[0]].config.chance_of_vocabulary,
-                slices[same[0]].config.groups,
+                slices[same[0]].config,
+                np.concatenate([data[i][0] for i in same]),
+                np.concatenate([data[i][1] for i in same]),
             )
             for name, same in members.items()
         }
+
+    def slices_of_length(self, split: Split, lengths: Sequence[int]) -> dict[str, RecallSlice]:
+        """Every difficulty of a split at other lengths, by name.
+
+        The examples are new ones, from a stream of their own for each length.
+
+        Raises:
+            ConfigError: the length of an example is no option of this task, or is none of its own.
+        """
+        names = [f.name for f in fields(self.difficulty) if f.init]  # type: ignore[arg-type]
+        if "seq_len" not in names:
+            raise ConfigError(f"eval.lengths: task={self.name} has no option seq_len to change")
+        found: dict[str, RecallSlice] = {}
+        for length in lengths:
+            for i, each in enumerate(self._slices_of(split)):
+                key = f"eval.lengths={length}"
+                other = changed(each, self._options, {"seq_len": length}, key)
+                if other.name in found:
+                    continue
+                rng = self._rng(_LENGTH_STREAM, SPLITS.index(split), length, i)
+                inputs, labels = other.config.generate(each.num_examples, rng)
+                found[other.name] = _scored(other.name, other.config, inputs, labels)
+        return found
 
     def facts(self) -> dict[str, Any]:
         """See Task."""
@@ -230,6 +254,18 @@ class Examples(Dataset):
             "inputs": torch.from_numpy(inputs[row].astype(np.int64)),
             "labels": torch.from_numpy(labels[row].astype(np.int64)),
         }
+
+
+def _scored(name: str, config: Difficulty, inputs: np.ndarray, labels: np.ndarray) -> RecallSlice:
+    return RecallSlice(
+        name,
+        inputs.astype(np.int64),
+        labels.astype(np.int64),
+        config.chance,
+        config.chance_of_vocabulary,
+        config.groups,
+        config.context,
+    )
 
 
 def _sequences(data: Sequence[tuple[np.ndarray, np.ndarray]]) -> set[bytes]:
