@@ -55,7 +55,8 @@ def repeat_context(part: RecallSlice, num_passes: int) -> RecallSlice:
     inputs = np.concatenate([*[context] * num_passes, question], axis=1)
     labels = np.full_like(inputs, IGNORED)
     labels[:, -question.shape[1] :] = part.labels[:, part.context :]
-    return replace(part, inputs=inputs, labels=labels)
+    prefix = part.prefix_len and part.prefix_len * num_passes
+    return replace(part, inputs=inputs, labels=labels, prefix_len=prefix)
 
 
 def _grouped_by_length(part: RecallSlice) -> RecallSlice:

@@ -84,7 +84,8 @@ def score_slice(
     """Read the examples of one slice, about `batch_size * chunk` tokens per pass.
 
     Examples longer than `chunk` are read in pieces, the states handed on, so that memory does not
-    grow with their length under a model of bounded states; a leaky model reads them whole.
+    grow with their length under a model of bounded states; a leaky model reads them whole, and one
+    that reads a prefix in both directions too.
 
     Raises:
         ValueError: a sequence without a label.
@@ -92,7 +93,8 @@ def score_slice(
     right, labels = [], []
     device = model.head_weight.device
     length = part.inputs.shape[1]
-    piece = length if model.causal == "leaky" else min(chunk, length)
+    whole = model.causal == "leaky" or part.prefix_len is not None
+    piece = length if whole else min(chunk, length)
     rows = max(1, batch_size * chunk // max(piece, 1))
     state_bytes = model.state_bytes(1, length)
     with evaluation_mode(model):
@@ -105,7 +107,9 @@ def score_slice(
             for begin in range(0, length, piece):
                 here = slice(begin, begin + piece)
                 more = begin + piece < length
-                h, state = model.hidden(inputs[:, here], state, want_state=more)
+                h, state = model.hidden(
+                    inputs[:, here], state, prefix_len=_prefix(part, inputs), want_state=more
+                )
                 found = predict(model, h[asked[:, here]]) == targets[:, here][asked[:, here]]
                 correct[:, here][asked[:, here]] = found
             right.append(correct.sum(dim=1).cpu().numpy())
@@ -121,6 +125,12 @@ def score_slice(
         length,
         state_bytes,
     )
+
+
+def _prefix(part: RecallSlice, inputs: Tensor) -> Tensor | None:
+    if part.prefix_len is None:
+        return None
+    return torch.full((len(inputs),), part.prefix_len, device=inputs.device)
 
 
 def pooled(scores: Sequence[SliceScore], name: str = "all") -> SliceScore:

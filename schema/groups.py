@@ -139,4 +139,30 @@ class Export:
     data: Data
 
 
-SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval, "bench": Bench, "export": Export}
+@dataclass
+class StudyPlan:
+    """conf/study/<name>.yaml; see evaluation.study.Plan."""
+
+    common: list[str]
+    arms: dict[str, list[str]]
+    lrs: list[Annotated[float, Between(0)]]
+    seeds: list[Count]
+    columns: list[str]
+
+
+@dataclass
+class RecallStudy:
+    """conf/recall_study.yaml: what recall_study.py takes."""
+
+    study: StudyPlan
+    out: str
+    jobs: Positive
+
+
+SCHEMAS: dict[str, type] = {
+    "config": Train,
+    "eval": Eval,
+    "bench": Bench,
+    "export": Export,
+    "recall_study": RecallStudy,
+}

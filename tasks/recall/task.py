@@ -28,7 +28,8 @@ class RecallSlice:
     """Examples to score: int64 `inputs` and `labels` (N, L), labels IGNORED where nothing is asked.
 
     `groups` are the names under which slices are also scored together, `context` the leading
-    positions that hold all there is to know, see Difficulty.
+    positions that hold all there is to know, see Difficulty, and `prefix_len` those that may be
+    read in both directions.
     """
 
     name: str
@@ -38,6 +39,7 @@ class RecallSlice:
     chance_of_vocabulary: float
     groups: tuple[str, ...] = ()
     context: int | None = None
+    prefix_len: int | None = None
 
 
 class Recall(Task):
@@ -53,6 +55,8 @@ class Recall(Task):
         recipe: see Task.
         order: "curriculum" walks the stages of `train` in every epoch, "shuffled" mixes all of
             it. With slices of several lengths a curriculum pads less.
+        prefix: a mixer with causal = "prefix" may read the context of every example in both
+            directions (see Difficulty.context).
         seed: of the data; a run's own seed does not change it.
         options: of the difficulty, for all slices that do not say otherwise.
 
@@ -73,6 +77,7 @@ class Recall(Task):
         recipe: Recipe,
         *,
         order: Literal["curriculum", "shuffled"] = "curriculum",
+        prefix: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -82,6 +87,7 @@ class Recall(Task):
             raise ConfigError(f"task.seed={seed}: expected at least 0")
         self.recipe = as_record(Recipe, recipe, "task.recipe")
         self.shuffle = order == "shuffled"
+        self.prefix = prefix
         self.seed = seed
         self._options = options
         self._train = read_slices(self.difficulty, train, options, "task.train")
@@ -90,6 +96,11 @@ class Recall(Task):
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise ConfigError(f"task.test[{i}]: {name} is given twice")
+        for each in [*self._train, *self._test]:
+            if prefix and each.config.context is None:
+                raise ConfigError(
+                    f"task.prefix=true: {each.name} has questions in its context; allowed: false"
+                )
         sizes = sorted({each.config.vocab_size for each in [*self._train, *self._test]})
         if len(sizes) > 1:
             raise ConfigError(f"task: slices with vocabularies of {sizes} ids: expected the same")
@@ -138,14 +149,17 @@ class Recall(Task):
         row = np.concatenate([np.arange(n) for n in sizes])
         stages = [i if s.stage is None else s.stage for i, s in enumerate(self._train)]
         order = np.lexsort((rng.random(len(which)), np.array(stages)[which]))
-        return Examples(self._generated("train"), which[order], row[order])
+        return Examples(
+            self._generated("train"), which[order], row[order], self._prefixes(self._train)
+        )
 
     def validation_set(self) -> "Examples":
         """See Task; slice after slice."""
         data = self._generated("validation")
         sizes = [len(inputs) for inputs, _ in data]
         which = np.repeat(np.arange(len(sizes)), sizes)
-        return Examples(data, which, np.concatenate([np.arange(n) for n in sizes]))
+        row = np.concatenate([np.arange(n) for n in sizes])
+        return Examples(data, which, row, self._prefixes(self._test))
 
     def slices(self, split: Split) -> dict[str, RecallSlice]:
         """The examples of every difficulty of a split by name, such as "L32_K4"."""
@@ -159,6 +173,7 @@ class Recall(Task):
                 slices[same[0]].config,
                 np.concatenate([data[i][0] for i in same]),
                 np.concatenate([data[i][1] for i in same]),
+                self.prefix,
             )
             for name, same in members.items()
         }
@@ -183,7 +198,7 @@ class Recall(Task):
                     continue
                 rng = self._rng(_LENGTH_STREAM, SPLITS.index(split), length, i)
                 inputs, labels = other.config.generate(each.num_examples, rng)
-                found[other.name] = _scored(other.name, other.config, inputs, labels)
+                found[other.name] = _scored(other.name, other.config, inputs, labels, self.prefix)
         return found
 
     def facts(self) -> dict[str, Any]:
@@ -195,6 +210,7 @@ class Recall(Task):
             "notes": [f"chance is the accuracy of {self.guess}"],
             **self._options,
             "order": "shuffled" if self.shuffle else "curriculum",
+            **({"prefix": True} if self.prefix else {}),
             "seed": self.seed,
             "splits": {
                 split: {
@@ -221,7 +237,13 @@ class Recall(Task):
             inputs[b, :length] = item["inputs"]
             labels[b, :length] = item["labels"]
             segments[b, :length] = 0
-        return Batch(inputs=inputs, labels=labels, segments=segments)
+        batch = Batch(inputs=inputs, labels=labels, segments=segments)
+        if "prefix_len" in items[0]:
+            batch["prefix_len"] = torch.stack([item["prefix_len"] for item in items])
+        return batch
+
+    def _prefixes(self, slices: Sequence[Slice]) -> list[int | None]:
+        return [each.config.context if self.prefix else None for each in slices]
 
     def _rng(self, *stream: int) -> np.random.Generator:
         """One generator per split and slice; streams of different keys do not overlap."""
@@ -237,12 +259,20 @@ class Recall(Task):
 
 
 class Examples(Dataset):
-    """Example n is row `row[n]` of slice `which[n]`; items are int64 inputs and labels (L,)."""
+    """Example n is row `row[n]` of slice `which[n]`; items are int64 inputs and labels (L,).
+
+    With `prefixes`, one for each slice, an item also has its prefix_len.
+    """
 
     def __init__(
-        self, slices: Sequence[tuple[np.ndarray, np.ndarray]], which: np.ndarray, row: np.ndarray
+        self,
+        slices: Sequence[tuple[np.ndarray, np.ndarray]],
+        which: np.ndarray,
+        row: np.ndarray,
+        prefixes: Sequence[int | None],
     ) -> None:
         self._slices, self._which, self._row = slices, which, row
+        self._prefixes = prefixes
 
     def __len__(self) -> int:
         return len(self._which)
@@ -250,13 +280,17 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         inputs, labels = self._slices[self._which[index]]
         row = self._row[index]
-        return {
+        item = {
             "inputs": torch.from_numpy(inputs[row].astype(np.int64)),
             "labels": torch.from_numpy(labels[row].astype(np.int64)),
         }
+        prefix = self._prefixes[self._which[index]]
+        return item if prefix is None else {**item, "prefix_len": torch.tensor(prefix)}
 
 
-def _scored(name: str, config: Difficulty, inputs: np.ndarray, labels: np.ndarray) -> RecallSlice:
+def _scored(
+    name: str, config: Difficulty, inputs: np.ndarray, labels: np.ndarray, prefix: bool
+) -> RecallSlice:
     return RecallSlice(
         name,
         inputs.astype(np.int64),
@@ -265,6 +299,7 @@ def _scored(name: str, config: Difficulty, inputs: np.ndarray, labels: np.ndarra
         config.chance_of_vocabulary,
         config.groups,
         config.context,
+        config.context if prefix else None,
     )
 
 

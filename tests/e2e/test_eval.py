@@ -17,7 +17,7 @@ from train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.d_model=16", "model.num_layers=2", "model.num_heads=1", "trainer.max_steps=4")
-QUICK = ("eval.cost=false", "eval.samples=0", "accelerator=cpu")
+QUICK = ("eval.cost=false", "eval.samples=0", "eval.ar_hits=null", "accelerator=cpu")
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ TASKS = [
     (Passkey, {"seq_len": 16}, 11),
     (Needle, {"seq_len": 16, "num_needles": 2, "num_queries": 2}, 12),
     (Phonebook, {"num_entries": 3}, 33),
-    (Index, {"num_positions": 14, "num_symbols": 8}, 14),
+    (Index, {"seq_len": 16, "num_positions": 14, "num_symbols": 8}, 14),
     (CGramRetrieval, {"seq_len": 16, "num_symbols": 8}, 13),
     (Counting, {"seq_len": 16, "num_symbols": 8}, 13),
     (SelectiveCopying, {"seq_len": 16, "vocab_size": 16, "num_tokens": 4}, 11),
