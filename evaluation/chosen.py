@@ -56,7 +56,8 @@ def repeat_context(part: RecallSlice, num_passes: int) -> RecallSlice:
     labels = np.full_like(inputs, IGNORED)
     labels[:, -question.shape[1] :] = part.labels[:, part.context :]
     prefix = part.prefix_len and part.prefix_len * num_passes
-    return replace(part, inputs=inputs, labels=labels, prefix_len=prefix)
+    again = part.context * num_passes
+    return replace(part, inputs=inputs, labels=labels, context=again, prefix_len=prefix)
 
 
 def _grouped_by_length(part: RecallSlice) -> RecallSlice:

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from models.generation import evaluation_mode
+from models.generation import evaluation_mode, generate
 from models.interface import TokenModel
 from tasks.base import IGNORED
 from tasks.recall.task import RecallSlice
@@ -92,6 +92,8 @@ def score_slice(
     """
     right, labels = [], []
     device = model.head_weight.device
+    if part.answer_after is not None:
+        return score_written(model, part, batch_size)
     length = part.inputs.shape[1]
     whole = model.causal == "leaky" or part.prefix_len is not None
     piece = length if whole else min(chunk, length)
@@ -125,6 +127,54 @@ def score_slice(
         length,
         state_bytes,
     )
+
+
+@torch.no_grad()
+def score_written(model: TokenModel, part: RecallSlice, batch_size: int = 8) -> SliceScore:
+    """Let the model write a thought and an answer by itself; only the answer counts.
+
+    Greedy, from the states alone. A sequence without an answer within the length of the longest
+    example is wrong.
+    """
+    if part.context is None or part.answer_after is None:
+        raise ValueError(f"slice {part.name!r} does not say where a model begins to write")
+    begin, end = part.context + 1, part.answer_after
+    device = model.head_weight.device
+    right = []
+    for first in range(0, len(part.inputs), batch_size):
+        rows = slice(first, first + batch_size)
+        prompt = torch.from_numpy(part.inputs[rows, :begin]).to(device)
+        written = generate(
+            model,
+            prompt,
+            max_new_tokens=part.inputs.shape[1] - begin + 1,
+            stop=lambda new: (new[:, :-1] == end).any(dim=1),
+        ).cpu()
+        right.append(answers(written.numpy(), end) == last_labels(part.labels[rows]))
+    length = part.inputs.shape[1]
+    return SliceScore(
+        part.name,
+        part.chance,
+        part.chance_of_vocabulary,
+        np.concatenate(right).astype(np.int64),
+        np.ones(len(part.inputs), np.int64),
+        length,
+        model.state_bytes(1, length),
+    )
+
+
+def answers(written: np.ndarray, end: int) -> np.ndarray:
+    """(N,): what stands behind the first `end` of every row (N, T), -1 where nothing does."""
+    ended = written[:, :-1] == end
+    place = np.argmax(ended, axis=1)
+    return np.where(ended.any(axis=1), written[np.arange(len(written)), place + 1], -1)
+
+
+def last_labels(labels: np.ndarray) -> np.ndarray:
+    """(N,): the last label of every row (N, L) that is not ignored."""
+    asked = labels != IGNORED
+    place = labels.shape[1] - 1 - np.argmax(asked[:, ::-1], axis=1)
+    return labels[np.arange(len(labels)), place]
 
 
 def _prefix(part: RecallSlice, inputs: Tensor) -> Tensor | None:

@@ -61,6 +61,13 @@ class Difficulty(ABC):
         return None
 
     @property
+    def answer_after(self) -> int | None:
+        """The token behind which the answer stands in what a model writes by itself after
+        `context` and the token that follows it; None where every label is asked for.
+        """
+        return None
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Names under which slices are also scored together."""
         return ()

@@ -29,7 +29,9 @@ class RecallSlice:
 
     `groups` are the names under which slices are also scored together, `context` the leading
     positions that hold all there is to know, see Difficulty, and `prefix_len` those that may be
-    read in both directions.
+    read in both directions. With `answer_after` a model reads the context and the token after it
+    and goes on by itself: what it writes behind the first such token is its answer, which is right
+    if it is the last label.
     """
 
     name: str
@@ -40,6 +42,7 @@ class RecallSlice:
     groups: tuple[str, ...] = ()
     context: int | None = None
     prefix_len: int | None = None
+    answer_after: int | None = None
 
 
 class Recall(Task):
@@ -300,6 +303,7 @@ def _scored(
         config.groups,
         config.context,
         config.context if prefix else None,
+        config.answer_after,
     )
 
 
