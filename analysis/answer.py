@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from analysis.budget import parity
-from analysis.differences import Difference, against, p_text
+from analysis.differences import Difference, against, p_text, perplexity_ratio
 from analysis.numbers import with_interval
-from analysis.rows import Row
 from analysis.sections import Section
 
 TOLD = 3  # comparisons that the headline tells; the others are in the list below it
@@ -32,7 +31,7 @@ def headline(section: Section, differences: Sequence[Difference]) -> str:
 def sentences(section: Section, differences: Sequence[Difference]) -> list[str]:
     """One for each row that has a result, about it and the reference."""
     return [
-        f"{_sentence(each, section)}."
+        f"{_sentence(each, section)}{_over_documents(each)}."
         for row in section.rows
         if (each := against(row, section.reference, differences)) is not None
     ]
@@ -68,6 +67,20 @@ def _sentence(difference: Difference, section: Section) -> str:
     return (
         f"{a.name} and {b.name}: no difference can be claimed, {change} {section.metric.unit} "
         f"({difference.why_not})"
+    )
+
+
+def _over_documents(difference: Difference) -> str:
+    """What holds of the trained models themselves, over the documents of the test."""
+    found = difference.documents
+    if found is None:
+        return ""
+    ratio, low, high = (f"{x:.3g}" for x in perplexity_ratio(found))
+    p = "" if found.p is None else f", p{'' if found.p < 0.001 else '='}{p_text(found.p)}"
+    alone = " alone, of which another seed may differ" if difference.seeds.n < 2 else ""
+    return (
+        f". Of the trained models{alone}: perplexity ×{ratio} ({low} to {high}) over "
+        f"{found.n} documents{p}"
     )
 
 

@@ -63,9 +63,9 @@ def _budgets(row: Row, reference: Row) -> list[str]:
         own, other = getattr(row.costs, key), getattr(reference.costs, key)
         if None not in (own, other) and not _matches(own, other):
             found.append(f"{title} {_change(own, other)}")
-    if None not in (row.costs.length, reference.costs.length):
-        if row.costs.length != reference.costs.length:
-            found.append(f"length {row.costs.length}, not {reference.costs.length}")
+    lengths = row.costs.length, reference.costs.length
+    if None not in lengths and lengths[0] != lengths[1]:
+        found.append(f"length {lengths[0]}, not {lengths[1]}")
     return found
 
 

@@ -56,6 +56,4 @@ def compare(roots: Sequence[str], settings: Settings | None = None) -> Compariso
                 section, tuple(found), headline(section, found), tuple(sentences(section, found))
             )
         )
-    return Comparison(
-        tuple(roots), settings, tuple(compared), tuple([*loaded.problems, *problems])
-    )
+    return Comparison(tuple(roots), settings, tuple(compared), (*loaded.problems, *problems))

@@ -46,10 +46,8 @@ def short(value: float | None, unit: str = "") -> str:
     """With three figures and a decimal prefix; "-" for None."""
     if value is None:
         return "-"
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(value) < 999.5:
-            break
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while abs(value) >= 999.5 and len(prefixes) > 1:
         value /= 1000
-    text = f"{value:.3g}"
-    joined = f"{prefix}{unit}"
-    return f"{text} {joined}" if joined else text
+        prefixes.pop(0)
+    return f"{value:.3g} {prefixes[0]}{unit}".rstrip()

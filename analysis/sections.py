@@ -75,7 +75,8 @@ def make_sections(loaded: Loaded, settings: Settings) -> tuple[list[Section], li
     found: dict[int, list[LostPoint]] = {}
     sections = []
     for key, same in groups.items():
-        sections.append(_section(key, same, settings, loaded.lost, found, len(groups)))
+        alone = sum(task == key[0] for task, _, _ in groups) == 1
+        sections.append(_section(key, same, settings, loaded.lost, found, alone))
     for point in loaded.lost:
         if id(point) not in found:
             problems.append(f"{point.path}: fits no row, {' '.join(point.overrides)}")
@@ -116,7 +117,7 @@ def _section(
     settings: Settings,
     lost: Sequence[LostPoint],
     found: dict[int, list[LostPoint]],
-    sections: int,
+    alone: bool,
 ) -> Section:
     by_identity: dict[tuple, list[Run]] = {}
     for run in runs:
@@ -152,7 +153,7 @@ def _section(
     rows.sort(key=order)
     baseline = next((row for row in rows if row.name == settings.baseline), None)
     task, data, _ = key
-    name = task if sections == 1 else f"{task}, data {data}"
+    name = task if alone else f"{task}, data {data}"
     return Section(name, task, data, metric, tuple(rows), baseline)
 
 
@@ -164,17 +165,17 @@ def _fits(point: LostPoint, runs: Sequence[Run], rows: Any) -> bool:
     def agrees(same: Sequence[Run]) -> bool:
         known = {k: v for k, v in wanted.items() if k in same[0].config}
         return bool(known) and all(
-            any(str(plain(run.config[key])).replace(" ", "").replace('"', "") == value
-                for run in same)
+            any(
+                str(plain(run.config[key])).replace(" ", "").replace('"', "") == value
+                for run in same
+            )
             for key, value in known.items()
         )
 
     return agrees(runs) and sum(agrees(same) for same in rows) == 1
 
 
-def _without_repetitions(
-    runs: Sequence[Run], settings: Settings
-) -> tuple[list[Run], list[str]]:
+def _without_repetitions(runs: Sequence[Run], settings: Settings) -> tuple[list[Run], list[str]]:
     """One run of each configuration and seed: one that has a result, and the latest of those."""
     latest: dict[tuple, Run] = {}
     problems = []
@@ -202,7 +203,9 @@ def _mixed(groups: Mapping[Key, Sequence[Run]]) -> list[str]:
         lines.append(f"{len(tasks)} tasks, each is compared for itself: {', '.join(tasks)}")
     for task, times in tasks.items():
         if times > 1:
-            sizes = [f"{data} ({len(same)} runs)" for (t, data, _), same in groups.items() if t == task]
+            sizes = [
+                f"{data} ({len(same)} runs)" for (t, data, _), same in groups.items() if t == task
+            ]
             lines.append(
                 f"{task}: {times} different data sets or ways of evaluation, each is compared for "
                 f"itself: {', '.join(sizes)}"

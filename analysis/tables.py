@@ -64,7 +64,7 @@ def tuned(row: Row) -> str:
     """How many settings were tried, and which was chosen on validation."""
     if len(row.settings) == 1:
         return row.chosen.name or "-"
-    return f"{row.chosen.name} of {len(row.settings)}"
+    return f"{row.chosen.name} (of {len(row.settings)})"
 
 
 def markdown(comparison: Comparison) -> str:
@@ -116,7 +116,7 @@ def latex(comparison: Comparison) -> str:
 
 
 def rich_table(compared: Compared) -> Table:
-    """For the console."""
+    """For the console, without the flags, which are `remarks`."""
     table = Table(
         title=compared.section.name,
         title_justify="left",
@@ -126,12 +126,20 @@ def rich_table(compared: Compared) -> Table:
         caption_style="dim",
         box=box.SIMPLE_HEAD,
     )
-    shown = columns(compared)
+    shown = columns(compared)[:-1]
     for column in shown:
-        table.add_column(column.title, justify="right" if column.value else "left")
+        name = column is shown[0]
+        table.add_column(column.title, justify="right" if column.value else "left", no_wrap=name)
     for row in compared.section.rows:
         table.add_row(*(column.text(row) for column in shown))
     return table
+
+
+def remarks(compared: Compared) -> list[str]:
+    """The flags of each row that has some, in a line."""
+    section = compared.section
+    told = {row.name: "; ".join(flags(row, section)) for row in section.rows}
+    return [f"{name}: {line}" for name, line in told.items() if line]
 
 
 def caption(compared: Compared) -> str:

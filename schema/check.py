@@ -60,6 +60,8 @@ def check_here(cfg: DictConfig) -> None:
     if cfg.get("task") is not None and cfg.get("resume") is None and cfg.get("run") is None:
         with _named("task"):
             instantiate(cfg.task).check()
+    if "accelerator" not in cfg and "trainer" not in cfg:
+        return
     machine, key = (cfg, "") if "accelerator" in cfg else (cfg.trainer, "trainer.")
     if machine.accelerator == "gpu":
         found = torch.accelerator.device_count()
