@@ -159,10 +159,24 @@ class RecallStudy:
     jobs: Positive
 
 
+@dataclass
+class Compare:
+    """conf/compare.yaml: what compare.py takes; see analysis.sections.Settings."""
+
+    runs: str | list[str]
+    metric: str | None
+    protocol: Literal["windowed", "carried"]
+    baseline: str | None
+    tuned: list[str]
+    interval: Literal["t", "bootstrap"]
+    out: str | None
+
+
 SCHEMAS: dict[str, type] = {
     "config": Train,
     "eval": Eval,
     "bench": Bench,
+    "compare": Compare,
     "export": Export,
     "recall_study": RecallStudy,
 }
