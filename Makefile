@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train recall-study test test-slow lint kernels clean
+.PHONY: train ablation recall-study test test-slow lint kernels clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -12,6 +12,11 @@ $(VENV)/.installed: pyproject.toml
 
 train: $(VENV)/.installed  ## a first model: MQAR on the CPU, about a minute
 	$(BIN)/python train.py
+
+ablation: $(VENV)/.installed  ## mixers compared, with seeds, intervals and a report; no download
+	-$(BIN)/python train.py -m experiment=ablation_mqar hydra.sweep.dir=outputs/ablation/mqar
+	-$(BIN)/python train.py -m experiment=ablation_text hydra.sweep.dir=outputs/ablation/text
+	$(BIN)/python compare.py runs=outputs/ablation
 
 recall-study: $(VENV)/.installed  ## five mixers on MQAR, 3 seeds, 2 learning rates: half an hour on two cores
 	$(BIN)/python recall_study.py

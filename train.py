@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from schema.entry import command
 from training.errors import TrainingError
+from training.sweep import run_point
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -95,11 +96,12 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
 def main(cfg: DictConfig) -> None:
     """The command: a run that cannot go on is one line and exit code 1, in a sweep one point."""
     hydra = HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN:
+        run_point(cfg, hydra.overrides.task)
+        return
     try:
         train(cfg, hydra.overrides.task)
     except TrainingError as error:
-        if hydra.mode is RunMode.MULTIRUN:
-            raise
         sys.exit(f"error: {error}")
 
 

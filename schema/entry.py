@@ -5,6 +5,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
@@ -13,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, open_dict
 
+from records.points import point_name
 from schema.compose import CONF, VERSION_BASE, compose, compose_all, register_mixers
 from schema.errors import ConfigError
 from schema.names import check_pattern
@@ -39,8 +41,9 @@ def command(main: Callable[[DictConfig], None], config_name: str) -> Callable[[]
             check(cfg, config_name)  # again: a launcher may have brought it to another machine
             check_here(cfg)
             if in_sweep and "run_dir" in cfg and cfg.run_dir is None:
+                point = HydraConfig.get()
                 with open_dict(cfg):
-                    cfg.run_dir = HydraConfig.get().runtime.output_dir
+                    cfg.run_dir = str(Path(point.sweep.dir) / point_name(point.overrides.task))
             main(cfg)
         except ConfigError as error:
             if in_sweep:
