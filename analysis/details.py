@@ -70,8 +70,9 @@ def _changes(row: Row, compared: Compared) -> str:
     if row is reference:
         return ""
     own, other = (identity(each.config, ()) for each in (row, reference))
-    keys = differing([own, other])
-    lines = [[key, str(own.get(key, "-")), str(other.get(key, "-"))] for key in keys]
+    # Options of a mixer that only one of them has are differences that the pattern tells.
+    keys = [key for key in differing([own, other]) if key in own and key in other]
+    lines = [[key, str(own[key]), str(other[key])] for key in keys]
     return _table(f"Other than {reference.name}", ["key", row.name, reference.name], lines)
 
 

@@ -123,17 +123,18 @@ def _difference(a: Row, b: Row, section: Section, protocol: str, kind: Kind) -> 
 
 def _documents(a: Row, b: Row, shared: Sequence, protocol: str) -> Estimate | None:
     """In nats per token, each model's a mean over its runs; None for fewer than ten documents."""
-    arrays = [_nll(row, shared, protocol) for row in (a, b)]
-    if any(each is None for each in arrays):
+    ours, theirs = (_nll(row, shared, protocol) for row in (a, b))
+    if ours is None or theirs is None:
         return None
-    (nll, tokens), (other, _) = arrays  # type: ignore[misc]
+    nll, tokens = ours
     scored = tokens > 0
     if scored.sum() < FEWEST_DOCUMENTS:
         return None
-    return documents(nll[scored], other[scored], tokens[scored])
+    return documents(nll[scored], theirs[0][scored], tokens[scored])
 
 
 def _nll(row: Row, shared: Sequence, protocol: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Nats, the mean over runs of the `shared` seeds or of all, and tokens of every document."""
     outcomes = [o for o in row.chosen.outcomes if o.value is not None]
     if shared:
         outcomes = [o for o in outcomes if o.run.seed in shared]

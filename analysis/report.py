@@ -125,7 +125,7 @@ def _section(compared: Compared, drawn: Sequence[Drawn], pictures: Mapping[str, 
 {_table(compared)}
 <p class="caption">{escape(caption(compared))} {escape(note or "")} A row's name opens its runs,
 their commands and the configuration.</p>
-<ul>{_items(compared.sentences)}</ul>
+<ul class="sentences">{_items(compared.sentences)}</ul>
 {figures}</section>
 """
 
@@ -152,7 +152,7 @@ def _table(compared: Compared) -> str:
             "</tbody>"
         )
     return (
-        f'<div class="scroll"><table class="rows wide">\n<thead><tr>{heads}</tr></thead>\n'
+        f'<div class="scroll"><table class="rows">\n<thead><tr>{heads}</tr></thead>\n'
         + "\n".join(bodies)
         + "\n</table></div>"
     )

@@ -159,8 +159,8 @@ def _section(
 
 def _fits(point: LostPoint, runs: Sequence[Run], rows: Any) -> bool:
     """Whether `point` would have been a run of this row, and can be of no other."""
-    wanted = dict(each.lstrip("+").partition("=")[::2] for each in point.overrides)
-    wanted = {key: value for key, value in wanted.items() if key not in ("seed", "run_dir")}
+    pairs = [each.lstrip("+").partition("=") for each in point.overrides]
+    wanted = {key: value for key, _, value in pairs if key not in ("seed", "run_dir")}
 
     def agrees(same: Sequence[Run]) -> bool:
         known = {k: v for k, v in wanted.items() if k in same[0].config}

@@ -27,7 +27,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "h")
 LINES = ("-", (0, (5, 2)), (0, (6, 2, 1, 2)))
 GREY = "#6b6b6b"
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 10,
     "axes.titlesize": 10,
