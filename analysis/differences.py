@@ -123,7 +123,8 @@ def _difference(a: Row, b: Row, section: Section, protocol: str, kind: Kind) -> 
 
 def _documents(a: Row, b: Row, shared: Sequence, protocol: str) -> Estimate | None:
     """In nats per token, each model's a mean over its runs; None for fewer than ten documents."""
-    ours, theirs = (_nll(row, shared, protocol) for row in (a, b))
+    ours = _nll(a, shared, protocol)
+    theirs = _nll(b, shared, protocol)
     if ours is None or theirs is None:
         return None
     nll, tokens = ours

@@ -144,7 +144,7 @@ def _table(compared: Compared) -> str:
             value = column.value(row) if column.value else column.text(row)
             if column is shown[0]:
                 text = f'<button type="button" class="row-name">{text}</button>'
-            cells.append(f'<td{_class(column)} data-value="{_value(value)}">{text}</td>')
+            cells.append(f'<td{_class(column, "runs")} data-value="{_value(value)}">{text}</td>')
         mark = " reference" if row is compared.section.reference else ""
         bodies.append(
             f'<tbody>\n<tr class="row{mark}">{"".join(cells)}</tr>\n'
@@ -158,9 +158,12 @@ def _table(compared: Compared) -> str:
     )
 
 
-def _class(column: Column) -> str:
-    name = "number" if column.value else "flags" if column.title == "flags" else ""
-    return f' class="{name}"' if name else ""
+def _class(column: Column, counts: str = "") -> str:
+    """Of a head or cell; `counts` is added to the one that may have words beside its number."""
+    names = ["number"] if column.value else []
+    names += ["flags"] if column.title == "flags" else []
+    names += [counts] if column.title == "n" and counts else []
+    return f' class="{" ".join(names)}"' if names else ""
 
 
 def _value(value: Any) -> str:

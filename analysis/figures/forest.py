@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis.comparison import Compared
 from analysis.differences import Difference, p_text
@@ -69,6 +70,7 @@ def _draw(
         )
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
 def _paired(found: Sequence[Difference]) -> bool:

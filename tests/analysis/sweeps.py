@@ -195,7 +195,7 @@ def recall_evaluation(accuracy: float) -> dict[str, Any]:
 
 
 def text_sweep(root: Path, patterns: Mapping[str, float], seeds: int = 3) -> Path:
-    """A folder of runs: the loss of each pattern, with a noise that the patterns of a seed share."""
+    """A folder of runs: the loss of each pattern, with noise that the patterns of a seed share."""
     for i, (pattern, loss) in enumerate(patterns.items()):
         for seed in range(seeds):
             shared, own = np.random.default_rng((1, seed)), np.random.default_rng((2, i, seed))
