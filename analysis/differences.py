@@ -136,10 +136,13 @@ def _documents(a: Row, b: Row, shared: Sequence, protocol: str) -> Estimate | No
 
 def _nll(row: Row, shared: Sequence, protocol: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Nats, the mean over runs of the `shared` seeds or of all, and tokens of every document."""
-    outcomes = [o for o in row.chosen.outcomes if o.value is not None]
-    if shared:
-        outcomes = [o for o in outcomes if o.run.seed in shared]
-    parts = [o.run.evaluation.get("documents") for o in outcomes if o.run.evaluation]
+    evaluations = [
+        o.run.evaluation
+        for o in row.chosen.outcomes
+        if o.run.evaluation is not None and o.value is not None
+        if not shared or o.run.seed in shared
+    ]
+    parts = [each.get("documents") or [] for each in evaluations]
     if not parts or any(not part or protocol not in part[0]["nll"] for part in parts):
         return None
     nll = np.mean([[d["nll"][protocol] for d in part] for part in parts], axis=0)

@@ -87,7 +87,8 @@ def load(roots: Sequence[str]) -> Loaded:
         try:
             found = read_run(folder)
         except (ConfigError, OSError, ValueError, yaml.YAMLError) as error:
-            loaded.problems.append(f"{folder}: left out, {' '.join(str(error).split())}")
+            why = " ".join(str(error).split()).removeprefix(f"{folder}: ")
+            loaded.problems.append(f"{folder}: left out, {why}")
             continue
         if isinstance(found, LostPoint):
             loaded.lost.append(found)

@@ -148,13 +148,19 @@ def caption(compared: Compared) -> str:
     direction = "higher" if section.metric.higher_is_better else "lower"
     boots = any(r.estimate and r.estimate.method.startswith("boot") for r in section.rows)
     interval = "Student's t, or a bootstrap from 8 seeds on," if boots else "Student's t"
-    tests = len(compared.differences)
     return (
         f"{section.metric.title[0].upper()}{section.metric.title[1:]} on the test split of "
         f"{section.task}, {direction} is better: mean over seeds ± half of the 95% interval "
-        f"({interval} over n seeds), SD between seeds. p: adjusted by Holm for "
-        f"{tests} comparison{'' if tests == 1 else 's'}; flags: against {section.reference.name}."
+        f"({interval} over n seeds), SD between seeds.{_corrected(compared)}"
     )
+
+
+def _corrected(compared: Compared) -> str:
+    tests = len(compared.differences)
+    if not tests:
+        return ""
+    number = "one comparison" if tests == 1 else f"{tests} comparisons"
+    return f" p: adjusted by Holm for {number}; flags: against {compared.section.reference.name}."
 
 
 def rows_csv(comparison: Comparison) -> str:

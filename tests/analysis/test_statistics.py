@@ -92,12 +92,11 @@ def test_the_same_model_twice_differs_by_nothing():
     assert (got.mean, got.low, got.high, got.p) == (0, 0, 0, 1)
 
 
-def test_many_documents_take_little_memory_and_agree_with_the_linearised_interval():
+def test_with_many_documents_the_interval_is_the_linearised_one():
     rng = np.random.default_rng(4)
-    tokens = rng.integers(100, 1000, 20_000).astype(float)
-    values = tokens * rng.normal(0.01, 0.1, 20_000)
-    got = ratio(values[:2000], tokens[:2000])
-    residual = values[:2000] - got.mean * tokens[:2000]
-    error = np.sqrt((residual**2).sum()) / tokens[:2000].sum()
+    tokens = rng.integers(100, 1000, 600).astype(float)
+    values = tokens * rng.normal(0.01, 0.1, 600)
+    got = ratio(values, tokens)
+    error = np.sqrt(((values - got.mean * tokens) ** 2).sum()) / tokens.sum()
     # The central limit has set in; 4% is twice the noise of a quantile of 9999 resamples.
     assert got.half_width == pytest.approx(stats.norm.ppf(0.975) * error, rel=0.04)
