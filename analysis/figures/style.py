@@ -103,6 +103,7 @@ def save(figure: Figure, kind: str) -> bytes:
     file = io.BytesIO()
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     figure.savefig(file, format=kind, metadata=metadata)
+    figure.set_layout_engine("none")  # it stays as it was laid out, whatever it is saved as next
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The report: the same bytes each time, one file, and what a reader sees and clicks in a browser."""
+"""The report: the same bytes each time, in one file, and what a reader sees in a browser."""
 
 import re
 import shutil
@@ -103,7 +103,7 @@ def test_nothing_in_a_figure_is_cut_off(sweep):
     with plotting():
         for compared in compare([str(sweep)]).sections:
             for drawn in draw(compared):
-                drawn.figure.canvas.draw()
+                drawn.figure.draw_without_rendering()
                 renderer = drawn.figure.canvas.get_renderer()  # type: ignore[attr-defined]
                 box = drawn.figure.get_tightbbox(renderer)
                 width, height = drawn.figure.get_size_inches()

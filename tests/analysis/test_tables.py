@@ -21,7 +21,7 @@ def comparison(tmp_path_factory):
         for seed in range(2):
             path = root / f"conv_{lr}_{seed}"
             write_run(path, "conv", seed, text_evaluation(3.3 + 0.01 * seed, seed), options=options)
-    write_run(root / "conv_2", "conv", 2, None, status="failed", error="not finite")
+    write_run(root / "x", "attention", 3, None, status="failed", error="loss is not finite")
     write_run(root / "only", ["conv", "a_b"], 0, recall_evaluation(0.5))
     return compare([str(root)])
 
@@ -49,9 +49,9 @@ def test_markdown_has_every_row_and_column(comparison):
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     per_table = {line.count("|") for line in lines}
     assert per_table == {13}
-    conv = next(line for line in lines if line.startswith("| conv |"))
-    assert "2 of 3; 1 failed" in conv
-    assert "lr=0.001 (of 2)" in conv
+    own = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    assert "| 3 of 4; 1 diverged |" in own["attention"]
+    assert "| lr=0.001 (of 2) |" in own["conv"]
     assert "parameters" in next(line for line in lines if line.startswith("| row |"))
     assert "tuned over 1, others over 2" in text
     assert comparison.sections[0].headline in text
@@ -76,7 +76,7 @@ def test_csv_has_numbers_as_they_are(comparison):
     assert float(own["hedgehog"]["mean"]) == hedgehog.estimate.mean
     assert own["attention"]["reference"] == "hedgehog"
     assert float(own["attention"]["p_holm"]) > float(own["attention"]["p"])
-    assert (own["conv"]["n"], own["conv"]["runs"], own["conv"]["diverged"]) == ("2", "3", "1")
+    assert [own["attention"][key] for key in ("n", "runs", "diverged")] == ["3", "4", "1"]
     assert own["conv"]["grid"] == "lr=0.001; lr=0.01"
     runs = list(csv.DictReader(io.StringIO(runs_csv(comparison))))
     assert len(runs) == 12
