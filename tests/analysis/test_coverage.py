@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import analysis.statistics as statistics
 from analysis.statistics import Estimate, documents, mean, paired, welch
@@ -112,3 +113,29 @@ def test_bootstrap_over_skewed_seeds(rng, monkeypatch, n):
     truth = 20 * np.exp(0.3**2 / 2)
     draw = lambda: mean(20 * rng.lognormal(0, 0.3, n), "bootstrap")  # noqa: E731
     assert_covers("mean over skewed seeds, bootstrap", n, coverage(draw, truth, 3000))
+
+
+@pytest.mark.slow
+def test_what_is_not_used_covers_too_little(rng):
+    """BCa, scipy's default, of few seeds and of a ratio of sums over documents."""
+
+    def bca(samples: tuple, statistic: Callable) -> Estimate:
+        found = stats.bootstrap(
+            samples, statistic, paired=True, vectorized=True, n_resamples=999, random_state=rng
+        ).confidence_interval
+        return Estimate(0.0, len(samples[0]), low=found.low, high=found.high)
+
+    def ratio(values: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
+        return values.sum(axis) / tokens.sum(axis)
+
+    corpus = Corpus(rng)
+
+    def documents() -> Estimate:
+        chosen = rng.integers(0, len(corpus.tokens), 20)
+        return bca((corpus.gain[chosen], corpus.tokens[chosen]), ratio)
+
+    seeds = coverage(lambda: bca((rng.normal(0, 1, 3),), np.mean), 0, 600)
+    texts = coverage(documents, corpus.truth, 600)
+    print(f"\nBCa: 3 seeds {seeds:.3f}, 20 documents {texts:.3f}", end="")
+    assert seeds < 0.85
+    assert texts < 0.94
