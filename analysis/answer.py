@@ -51,7 +51,10 @@ def _claim(found: Sequence[Difference], section: Section) -> str:
         open_ = [each.a.name for each in found if each.winner is None]
         rest = f"; no difference to {_listed(open_)} can be claimed" if open_ else ""
         return f"{reference.name} beats {told}{more}{rest}"
-    nearest = min(found, key=lambda each: 1.0 if each.adjusted is None else each.adjusted)
+    nearest = min(
+        found,
+        key=lambda each: (not each.a.may_win, 1.0 if each.adjusted is None else each.adjusted),
+    )
     what = "No difference" if section.baseline is None else f"No difference to {reference.name}"
     return f"{what} in {section.metric.unit} can be claimed ({nearest.why_not})"
 

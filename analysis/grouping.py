@@ -156,7 +156,7 @@ def _name(key: Key, keyed: Mapping[Key, Sequence[Run]]) -> str:
         return task
     if sum(other[1] == data for other in same_task) == 1:
         return f"{task}, data {data}"
-    told = [f"{name} {value}" for name, value in how if name not in ("tokens", "slices")]
+    told = [f"{name} {value}" for name, value in how if isinstance(value, int)]
     return f"{task}, data {data}, {', '.join(told) or 'other slices'}"
 
 

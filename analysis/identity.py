@@ -4,6 +4,9 @@ import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+TARGET = "._target_"
+_FIRST = ("model.", "trainer.", "optimizer.")  # where what other keys refer to is said
+
 # What does not change what a run computes or what it is meant to show.
 _APART = {"seed", "run_dir", "resume", "files"}
 _APART_PREFIXES = (
@@ -52,8 +55,16 @@ def row_names(identities: Sequence[Mapping[str, Hashable]]) -> list[str]:
     for own, pattern in zip(identities, patterns, strict=True):
         same = [i for i, p in zip(identities, patterns, strict=True) if p == pattern]
         keys = differing(same)
-        names.append(" ".join([pattern, *(f"{key}={own.get(key)}" for key in keys)]))
+        names.append(" ".join([pattern, *_told(own, keys)]))
     return names
+
+
+def _told(own: Mapping[str, Hashable], keys: Sequence[str]) -> list[str]:
+    """`key=value` for each key; of a node of another class the class alone."""
+    nodes = [key.removesuffix(TARGET) for key in keys if key.endswith(TARGET)]
+    told = [f"{node}={str(own.get(node + TARGET)).rpartition('.')[2]}" for node in nodes]
+    inside = tuple(f"{node}." for node in nodes)
+    return told + [f"{key}={own.get(key)}" for key in keys if not key.startswith(inside)]
 
 
 def differing(identities: Sequence[Mapping[str, Hashable]]) -> list[str]:
@@ -61,7 +72,10 @@ def differing(identities: Sequence[Mapping[str, Hashable]]) -> list[str]:
 
     A width that is an option of the model and, by reference, of its mixers, is one difference.
     """
-    keys = sorted({k for each in identities for k in each}, key=lambda k: (k.count("."), k))
+    keys = sorted(
+        {key for each in identities for key in each},
+        key=lambda key: (key.count("."), not key.startswith(_FIRST), key),
+    )
     seen: dict[tuple, str] = {}
     for key in keys:
         values = tuple(each.get(key) for each in identities)

@@ -182,8 +182,25 @@ def _evaluation(
     for name in folder.evaluations():
         result = folder.evaluation(name)
         if (result.get("task"), result.get("split")) == (task, "test"):
+            missing = _missing(result)
+            if missing:
+                again = f"python eval.py run={folder.path} makes it again"
+                return None, f"its evaluation has no {missing}; {again}"
             return result, ""
     return None, "it was not evaluated on the test split of its task"
+
+
+def _missing(evaluation: Mapping[str, Any]) -> str:
+    """The first thing that an evaluation of another version does not have."""
+    expected = {"text": ("text", "protocols", "documents"), "recall": ("slices", "all")}
+    for key in expected.get(evaluation.get("kind", ""), ("kind",)):
+        if key not in evaluation:
+            return key
+    for document in evaluation.get("documents", ()):
+        for key in ("nll", "scored_tokens"):
+            if key not in document:
+                return f"documents.{key}"
+    return ""
 
 
 def _failure(said: Mapping[str, Any]) -> str:

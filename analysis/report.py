@@ -120,10 +120,11 @@ def _problems(lines: Sequence[str]) -> str:
 def _section(compared: Compared, drawn: Sequence[Drawn], pictures: Mapping[str, bytes]) -> str:
     figures = "".join(_figure(each, pictures[each.name]) for each in drawn)
     note = compared.section.evaluation.get("note")
+    told = f"{caption(compared)} Data: {note}." if note else caption(compared)
     return f"""<section>
 <h2>{escape(compared.section.name)}</h2>
 {_table(compared)}
-<p class="caption">{escape(caption(compared))} {escape(note or "")} A row's name opens its runs,
+<p class="caption">{escape(told)} A row's name opens its runs,
 their commands and the configuration.</p>
 <ul class="sentences">{_items(compared.sentences)}</ul>
 {figures}</section>

@@ -204,13 +204,13 @@ def choose(settings: Sequence[Setting], metric: Metric) -> tuple[Setting, tuple[
 
     Means are over the seeds that all settings have a result of, so that a setting is not better
     for the seeds it was tried with; over each setting's own where they share none. A setting one
-    of whose runs failed is chosen only where every other one failed more often. The test is not
+    of whose runs failed is chosen only where no other one failed less often. The test is not
     looked at.
     """
     fewest = min(len(s.failed) for s in settings)
     sound = [s for s in settings if len(s.failed) == fewest]
-    common = set.intersection(*(set(s.validations) for s in sound))
-    seeds = common or {seed for s in sound for seed in s.validations}
+    seen = [set(s.validations) for s in sound if s.validations]
+    seeds = set.intersection(*seen) or set.union(*seen) if seen else set()
     order = tuple(sorted(seeds, key=str))
 
     def rank(setting: Setting) -> float:

@@ -48,7 +48,7 @@ def mean(values: Sequence[float], kind: Kind = "t") -> Estimate:
     """The mean of finite `values`, one for each seed.
 
     "t" is Student's interval. It is the default because sweeps have three to five seeds, of which
-    no bootstrap of the percentile family knows the spread: for three normal values BCa covers 75%
+    no bootstrap of the percentile family knows the spread: for three normal values BCa covers 73%
     instead of 95%. "bootstrap" is `ratio`'s, for values whose distribution is skewed.
 
     Raises:

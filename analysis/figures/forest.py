@@ -22,18 +22,18 @@ def draw_forest(compared: Compared, style: Style) -> tuple[str, str, str, Figure
     texts = [d.documents for d in found]
     panels = 2 if any(each is not None for each in texts) else 1
     figure, axes = plt.subplots(
-        1, panels, figsize=(10, 1.7 + 0.42 * len(found)), sharey=True, squeeze=False
+        1, panels, figsize=(10, 1.9 + 0.42 * len(found)), sharey=True, squeeze=False
     )
     left = axes[0, 0]
     _draw(left, found, [d.seeds for d in found], style)
     better = "right" if section.metric.higher_is_better else "left"
     left.set_title("over seeds, paired" if _paired(found) else "over seeds")
-    left.set_xlabel(f"{section.metric.title}, minus {reference.name} (better: to the {better})")
+    left.set_xlabel(f"{section.metric.title}, minus {reference.name}\n(better: to the {better})")
     if panels == 2:
         right = axes[0, 1]
         _draw(right, found, texts, style)
         right.set_title("over test documents, paired")
-        right.set_xlabel(f"nats per token, minus {reference.name} (better: to the left)")
+        right.set_xlabel(f"nats per token, minus {reference.name}\n(better: to the left)")
     left.set_yticks(range(len(found)), [d.a.name for d in found])
     left.set_ylim(len(found) - 0.5, -0.5)
     last = axes[0, -1].secondary_yaxis("right")

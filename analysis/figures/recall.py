@@ -49,7 +49,7 @@ def draw_recall(compared: Compared) -> tuple[str, str, str, Figure] | None:
     figure.colorbar(image, ax=axes, label="accuracy", shrink=0.85, pad=0.015)
     caption = (
         "Accuracy on each slice of the test, mean over seeds. Chance is that of "
-        f"{evaluation['guess']}."
+        f"{evaluation.get('guess', 'guessing')}."
     )
     return "recall", "Where recall ends", caption, figure
 

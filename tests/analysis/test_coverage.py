@@ -1,9 +1,14 @@
-"""How often the 95% intervals cover a known truth, over simulated runs."""
+"""How often the 95% intervals cover a known truth, over simulated runs.
+
+`python -m pytest -m slow -s tests/analysis/test_coverage.py` prints the table of
+docs/statistics.md.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import analysis.statistics as statistics
 from analysis.statistics import Estimate, documents, mean, paired, welch
@@ -24,6 +29,11 @@ def coverage(draw: Callable[[], Estimate], truth: float, simulations: int) -> fl
 def tolerance(simulations: int) -> float:
     """Three standard errors of a share of 0.95: a correct interval is outside once in 370 tests."""
     return 3 * (0.95 * 0.05 / simulations) ** 0.5
+
+
+def assert_covers(what: str, n: int, share: float) -> None:
+    print(f"\n| {what} | {n} | {share:.3f} |", end="")
+    assert 0.93 < share < 0.97
 
 
 class Corpus:
@@ -73,8 +83,8 @@ def test_seeds(rng, n):
         seed = rng.normal(0, 0.4, n)
         return 20 + seed + rng.normal(0, 0.2, n), 18.8 + seed + rng.normal(0, 0.3, n)
 
-    assert 0.93 < coverage(lambda: mean(two()[0]), 20, 4000) < 0.97
-    assert 0.93 < coverage(lambda: paired(*two()), 1.2, 4000) < 0.97
+    assert_covers("mean over seeds, t", n, coverage(lambda: mean(two()[0]), 20, 4000))
+    assert_covers("difference paired by seed, t", n, coverage(lambda: paired(*two()), 1.2, 4000))
 
 
 @pytest.mark.slow
@@ -83,7 +93,7 @@ def test_seeds_that_are_not_shared(rng, n):
     def two() -> Estimate:
         return welch(rng.normal(20, 0.4, n), rng.normal(18.8, 0.6, n + 1))
 
-    assert 0.93 < coverage(two, 1.2, 4000) < 0.97
+    assert_covers("difference of other seeds, Welch", n, coverage(two, 1.2, 4000))
 
 
 @pytest.mark.slow
@@ -91,7 +101,8 @@ def test_seeds_that_are_not_shared(rng, n):
 def test_documents(rng, monkeypatch, n):
     monkeypatch.setattr(statistics, "RESAMPLES", 999)
     corpus = Corpus(rng)
-    assert 0.93 < coverage(lambda: corpus.draw(n), corpus.truth, 3000) < 0.97
+    share = coverage(lambda: corpus.draw(n), corpus.truth, 3000)
+    assert_covers("difference over documents, bootstrap", n, share)
 
 
 @pytest.mark.slow
@@ -101,4 +112,30 @@ def test_bootstrap_over_skewed_seeds(rng, monkeypatch, n):
     monkeypatch.setattr(statistics, "RESAMPLES", 999)
     truth = 20 * np.exp(0.3**2 / 2)
     draw = lambda: mean(20 * rng.lognormal(0, 0.3, n), "bootstrap")  # noqa: E731
-    assert 0.93 < coverage(draw, truth, 3000) < 0.97
+    assert_covers("mean over skewed seeds, bootstrap", n, coverage(draw, truth, 3000))
+
+
+@pytest.mark.slow
+def test_what_is_not_used_covers_too_little(rng):
+    """BCa, scipy's default, of few seeds and of a ratio of sums over documents."""
+
+    def bca(samples: tuple, statistic: Callable) -> Estimate:
+        found = stats.bootstrap(
+            samples, statistic, paired=True, vectorized=True, n_resamples=999, random_state=rng
+        ).confidence_interval
+        return Estimate(0.0, len(samples[0]), low=found.low, high=found.high)
+
+    def ratio(values: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
+        return values.sum(axis) / tokens.sum(axis)
+
+    corpus = Corpus(rng)
+
+    def documents() -> Estimate:
+        chosen = rng.integers(0, len(corpus.tokens), 20)
+        return bca((corpus.gain[chosen], corpus.tokens[chosen]), ratio)
+
+    seeds = coverage(lambda: bca((rng.normal(0, 1, 3),), np.mean), 0, 600)
+    texts = coverage(documents, corpus.truth, 600)
+    print(f"\nBCa: 3 seeds {seeds:.3f}, 20 documents {texts:.3f}", end="")
+    assert seeds < 0.85
+    assert texts < 0.94

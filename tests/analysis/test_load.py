@@ -31,14 +31,19 @@ def test_what_is_wrong_with_a_folder_is_one_line_and_the_rest_is_read(tmp_path):
     scores = write_run(tmp_path / "scores", "conv", 4, text_evaluation(3.0))
     (scores.path / "eval" / "text.json").write_text("")
     write_run(tmp_path / "unscored", "conv", 5, None)
+    older = text_evaluation(3.0)
+    for document in older["documents"]:
+        del document["scored_tokens"]
+    write_run(tmp_path / "older", "conv", 6, older)
     loaded = load([str(tmp_path)])
     lines = {line.split(":")[0].rpartition("/")[2]: line for line in loaded.problems}
-    assert lines.keys() == {"empty", "half", "torn", "yaml", "scores", "unscored"}
+    assert lines.keys() == {"empty", "half", "torn", "yaml", "scores", "unscored", "older"}
     assert "left out, it is empty" in lines["empty"]
     assert "it has no run.json" in lines["half"]
     assert "no result, it was not evaluated on the test split" in lines["unscored"]
+    assert "has no documents.scored_tokens; python eval.py run=" in lines["older"]
     assert all("\n" not in line for line in loaded.problems)
-    assert [run.seed for run in loaded.runs] == [5, 0]
+    assert [run.seed for run in loaded.runs] == [6, 5, 0]
 
 
 def test_how_a_run_ended(tmp_path):

@@ -15,7 +15,7 @@ from analysis.report import report_command, report_folder, write_report
 from analysis.sections import Settings
 from tests.analysis.sweeps import recall_evaluation, text_sweep, write_point, write_run
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), "")
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,11 @@ def page(report) -> Iterator:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed (seqmix[dev])"
     )
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        chromium = CHROMIUM or p.chromium.executable_path
+        if not Path(chromium).exists():
+            pytest.skip("no Chromium on this machine; `playwright install chromium` gets one")
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         context = browser.new_context(offline=True)
         page = context.new_page()
         page.said = []

@@ -38,6 +38,17 @@ def test_rows_of_one_pattern_are_told_apart_by_what_differs(tmp_path):
     assert names == {"attention model.d_model=64", "attention model.d_model=128", "conv"}
 
 
+def test_a_node_of_another_class_is_told_by_its_class(tmp_path):
+    nodes = {
+        "dense": {"projection._target_": "layers.projection.Dense"},
+        "monarch": {"projection._target_": "layers.monarch.MonarchLinear", "projection.nblocks": 4},
+    }
+    for name, options in nodes.items():
+        write_run(tmp_path / name, "conv", 0, text_evaluation(3.0), options=options)
+    names = set(rows(compare([str(tmp_path)])))
+    assert names == {"conv projection=Dense", "conv projection=MonarchLinear"}
+
+
 def grid(root, test: dict, validation: dict, seeds=(0, 1, 2), evaluation=text_evaluation) -> None:
     for lr in test:
         for seed in seeds:

@@ -53,6 +53,13 @@ def sweep(tmp_path_factory) -> Path:
     return root
 
 
+def checked_run(*arguments: str) -> None:
+    """compare.py in this process."""
+    cfg = compose("compare", arguments)
+    check(cfg, "compare")
+    run(cfg)
+
+
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "compare.py"), *arguments],
@@ -69,7 +76,7 @@ def test_the_command_prints_the_table_the_answer_and_the_path(sweep):
     assert done.returncode == 0, done.stderr
     for expected in (
         "accuracy",
-        "minus attention",
+        "reference",
         "At equal",
         "written to mqar/report/report.html",
     ):
@@ -122,9 +129,7 @@ def test_what_cannot_be_compared_is_one_line_and_nothing_is_written(sweep, tmp_p
     ]
     for arguments, expected in cases:
         with pytest.raises(ConfigError) as error:
-            cfg = compose("compare", arguments)
-            check(cfg, "compare")
-            run(cfg)
+            checked_run(*arguments)
         assert expected in str(error.value)
         assert "\n" not in str(error.value)
     assert not (sweep / "new").exists()
