@@ -5,8 +5,10 @@ included, whether an operator is slower than its own reference.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
-from benchmarks.bench import Plan
+from benchmarks.bench import Mode, Plan
 from benchmarks.contenders import REFERENCE
 from benchmarks.operators import OPERATORS
 from schema.errors import ConfigError
@@ -17,30 +19,29 @@ FLA = "fla naive chunk"
 
 
 def _bars() -> list[Plan]:
-    both, forward = ("forward", "training"), ("forward",)
-    low, full = {"dtype": "bf16"}, {"dtype": "fp32"}
+    low, full = partial(Plan, dtype="bf16"), partial(Plan, dtype="fp32")
+    forward: Sequence[Mode] = ("forward",)
     return [
-        Plan(op="linear_attention", lengths=[8192], modes=both, peers=[SDPA, FLA], **low),
-        Plan(op="linear_attention_normalized", lengths=[8192], modes=both, peers=[SDPA], **low),
-        Plan(op="selective_scan", lengths=[512, 4096], modes=both, peers=["mambapy pscan"], **full),
-        Plan(op="ssd", lengths=[2048], modes=both, peers=[FLA, SDPA], **low),
-        Plan(op="ssd", lengths=[2048], modes=both, peers=[FLA, SDPA], **full),
-        Plan(op="routing_attention_topw", lengths=[2048], peers=["routing-transformer"], **low),
-        Plan(op="routing_attention_topw", lengths=[2048], peers=["routing-transformer"], **full),
-        Plan(op="routing_attention", lengths=[16384], modes=forward, peers=[SDPA], **full),
-        Plan(op="estimated_sparse_attention", lengths=[8192], modes=forward, peers=[SDPA], **full),
-        Plan(
+        low(op="linear_attention", lengths=[8192], peers=[SDPA, FLA]),
+        low(op="linear_attention_normalized", lengths=[8192], peers=[SDPA]),
+        full(op="selective_scan", lengths=[512, 4096], peers=["mambapy pscan"]),
+        low(op="ssd", lengths=[2048], peers=[FLA, SDPA]),
+        full(op="ssd", lengths=[2048], peers=[FLA, SDPA]),
+        low(op="routing_attention_topw", lengths=[2048], peers=["routing-transformer"]),
+        full(op="routing_attention_topw", lengths=[2048], peers=["routing-transformer"]),
+        full(op="routing_attention", lengths=[16384], modes=forward, peers=[SDPA]),
+        full(op="estimated_sparse_attention", lengths=[8192], modes=forward, peers=[SDPA]),
+        full(
             mixer="sea", overrides=["mixers.sea.k_cells=64"], lengths=[2048, 4096, 8192, 16384],
-            modes=forward, **full,
+            modes=forward,
         ),
-        Plan(
+        low(
             op="monarch", sizes={"D": 4096, "blocks": 16}, lengths=[2048], modes=forward,
-            peers=["torch linear"], **low,
+            peers=["torch linear"],
         ),
-        Plan(op="causal_conv1d", lengths=[2048], modes=both, peers=["torch conv1d, transposed"]),
-        Plan(
+        full(op="causal_conv1d", lengths=[2048], peers=["torch conv1d, transposed"]),
+        low(
             op="linear_attention_step", lengths=[4096], modes=forward, peers=["torch sdpa, cache"],
-            **low,
         ),
     ]  # fmt: skip
 
@@ -64,7 +65,4 @@ def suite(name: str, rounds: int, max_spread: float) -> Sequence[Plan]:
     """
     if name not in SUITES:
         raise ConfigError(f"suite={name}: no such suite; {suggest(name, SUITES)}")
-    return [
-        Plan(**{**vars(plan), "rounds": rounds, "max_spread": max_spread})
-        for plan in SUITES[name]()
-    ]
+    return [replace(p, rounds=rounds, max_spread=max_spread) for p in SUITES[name]()]
