@@ -23,13 +23,17 @@ def run(cfg: DictConfig) -> None:
 
     from benchmarks.bench import Plan, bench
     from benchmarks.results import plot, print_rows, write_csv
+    from benchmarks.suites import suite
     from evaluation.load import choose_device
     from records.folder import new_path
     from records.machine import git_commit, machine, versions
     from training.pages import keep_freed_pages
 
     options = OmegaConf.to_container(cfg)
-    plan = Plan(**{f.name: options[f.name] for f in fields(Plan)})  # type: ignore[index]
+    if cfg.suite is None:
+        plans = [Plan(**{f.name: options[f.name] for f in fields(Plan)})]  # type: ignore[index]
+    else:
+        plans = suite(cfg.suite, cfg.rounds, cfg.max_spread)
     device = choose_device(cfg.accelerator)
     if cfg.keep_pages:
         keep_freed_pages()
@@ -37,12 +41,9 @@ def run(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     console = Console(highlight=False)
     console = Console(highlight=False, width=max(console.width, WIDTH))
-    with console.status("") as status:
-        rows = bench(plan, device, status.update)
+    folder = Path(cfg.out) if cfg.out else new_path("bench", cfg.suite or plans[0].subject)
     here, commit = machine(), git_commit() or {}
     facts = {
-        "subject": plan.subject,
-        "dtype": plan.dtype,
         "device": here["accelerators"][0] if device.type == "cuda" else here["cpu"],
         "simd": " ".join(here["simd"]),
         "threads": torch.get_num_threads(),
@@ -50,12 +51,16 @@ def run(cfg: DictConfig) -> None:
         "commit": commit.get("commit", ""),
         "dirty": commit.get("dirty", ""),
     }
-    title = f"{plan.subject}, {plan.dtype}, {facts['device']}, {facts['threads']} threads"
-    print_rows(rows, title, console)
-    folder = Path(cfg.out) if cfg.out else new_path("bench", plan.subject)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "bench.csv", rows, facts)
-    plot(folder / "bench.png", rows, title)
+    for plan in plans:
+        with console.status("") as status:
+            rows = bench(plan, device, status.update)
+        own = {"subject": plan.subject, "dtype": plan.dtype, **facts}
+        title = f"{plan.subject}, {plan.dtype}, {facts['device']}, {facts['threads']} threads"
+        print_rows(rows, title, console)
+        out = folder if cfg.suite is None else folder / f"{plan.subject}-{plan.dtype}"
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "bench.csv", rows, own)
+        plot(out / "bench.png", rows, title)
     console.print(f"written to {folder}: bench.csv, bench.png")
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.contenders import Contender
 from benchmarks.harness import Timing, exponent, measure, ratio
 from benchmarks.layers import mixers_side_by_side
 from benchmarks.memory import peak_bytes
-from benchmarks.operators import OPERATORS, Contender
+from benchmarks.operators import OPERATORS
 from schema.compose import compose
 from schema.errors import ConfigError
 from schema.names import suggest
@@ -31,6 +32,7 @@ class Plan:
         op: an operator's name; or
         mixer: names of mixers, which are measured beside softmax attention.
         overrides: for the mixers, key=value as train.py takes them.
+        peers: contenders beside ours, None for all of them.
         sizes: of the operator where they are not its own: B, H, D, ...
         modes: "forward", "training" (forward and backward), "decode" (one token, mixers only).
         lengths: T.
@@ -47,6 +49,7 @@ class Plan:
     op: str | None = None
     mixer: str | Sequence[str] | None = None
     overrides: Sequence[str] = ()
+    peers: Sequence[str] | None = None
     sizes: Mapping[str, int] | None = None
     modes: Sequence[Mode] = ("forward", "training")
     lengths: Sequence[int] = (512, 2048, 8192)
@@ -169,6 +172,18 @@ def _cell(
 
 
 def _contenders(plan: Plan, mode: str, length: int, device: torch.device) -> dict[str, Contender]:
+    contenders = _all_contenders(plan, mode, length, device)
+    ours = next(iter(contenders))
+    wanted = list(contenders) if plan.peers is None else [ours, *plan.peers]
+    for name in wanted:
+        if name not in contenders:
+            raise ConfigError(f"peers={name}: {suggest(name, contenders)}")
+    return {name: contenders[name] for name in wanted}
+
+
+def _all_contenders(
+    plan: Plan, mode: str, length: int, device: torch.device
+) -> dict[str, Contender]:
     dtype = DTYPES[plan.dtype]
     torch.manual_seed(0)
     if plan.op is None:

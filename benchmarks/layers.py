@@ -6,7 +6,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from benchmarks.operators import Contender
+from benchmarks.contenders import Contender
 from layers.mixer import Mixer
 
 BASELINE = "attention"

@@ -115,7 +115,9 @@ class Bench:
 
     op: str | None
     mixer: str | list[str] | None
+    suite: str | None
     overrides: list[str]
+    peers: list[str] | None
     sizes: dict[str, int] | None
     modes: list[Literal["forward", "training", "decode"]]
     lengths: list[Positive]

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 
+import benchmarks.contenders as contenders
 import benchmarks.operators as operators
 from benchmarks.bench import Plan, bench
-from benchmarks.operators import OPERATORS, OURS
+from benchmarks.contenders import OURS, Contender, Operator
+from benchmarks.operators import OPERATORS
 from benchmarks.recipes import ROOT
 from schema.errors import ConfigError
 
@@ -17,12 +19,17 @@ CPU = torch.device("cpu")
 SMALL = {
     "attention": {"B": 1, "H": 2, "K": 8, "V": 8},
     "causal_conv1d": {"B": 1, "D": 8},
+    "estimated_sparse_attention": {"B": 1, "H": 2, "K": 8, "V": 8, "cells": 8, "columns": 8},
     "linear_attention": {"B": 1, "H": 2, "K": 8, "V": 8},
+    "linear_attention_normalized": {"B": 1, "H": 2, "K": 8, "V": 8},
+    "linear_attention_step": {"B": 1, "H": 2, "K": 8, "V": 8},
     "linear_cross_entropy": {"B": 1, "D": 8, "C": 50},
     "linear_recurrence": {"B": 1, "D": 8},
     "long_conv": {"B": 1, "D": 8},
     "monarch": {"D": 64},
     "rms_norm": {"B": 1, "D": 8},
+    "routing_attention": {"B": 1, "H": 2, "K": 8, "V": 8, "clusters": 4, "window": 16},
+    "routing_attention_topw": {"B": 1, "H": 2, "K": 8, "V": 8, "clusters": 4, "window": 16},
     "selective_scan": {"B": 1, "D": 8, "N": 4},
     "ssd": {"B": 1, "H": 2, "P": 8, "N": 8},
 }
@@ -45,9 +52,9 @@ def test_every_operator_runs_beside_contenders_that_agree(op):
 
 def test_an_absent_peer_is_named(monkeypatch):
     def absent(module: str, name: str, package: str):
-        return operators._missing, f"absent: {package} (ImportError)"
+        return contenders.missing, f"absent: {package} (ImportError)"
 
-    monkeypatch.setattr(operators, "_peer", absent)
+    monkeypatch.setattr(operators, "peer", absent)
     rows = bench(Plan(op="ssd", sizes=SMALL["ssd"], lengths=[64], rounds=3), CPU)
     missing = [row for row in rows if row.contender == "fla naive chunk"]
     assert {row.note for row in missing} == {"absent: flash-linear-attention (ImportError)"}
@@ -58,12 +65,12 @@ def test_a_contender_that_computes_something_else_is_told(monkeypatch):
     original = OPERATORS["rms_norm"]
 
     def make(*arguments):
-        contenders = original.make(*arguments)
-        wrong = contenders["torch rms_norm"]
-        changed = operators.Contender(lambda *x: 1.1 * wrong.run(*x), wrong.inputs)
-        return {**contenders, "torch rms_norm": changed}
+        made = original.make(*arguments)
+        wrong = made["torch rms_norm"]
+        changed = Contender(lambda *x: 1.1 * wrong.run(*x), wrong.inputs)
+        return {**made, "torch rms_norm": changed}
 
-    monkeypatch.setitem(OPERATORS, "rms_norm", operators.Operator(make, original.sizes))
+    monkeypatch.setitem(OPERATORS, "rms_norm", Operator(make, original.sizes))
     rows = bench(
         Plan(op="rms_norm", sizes=SMALL["rms_norm"], lengths=[64], rounds=3, max_spread=99.0), CPU
     )
