@@ -148,16 +148,21 @@ def sample(model: TokenModel, tokenizer: Tokenizer, settings: Settings) -> list[
 
 
 def prompt_text(settings: Settings) -> str:
-    """The prompt, shown `num_passes` times; a question stands behind it, and before it if repeated.
+    """The prompt and the question of an evaluation, see `shown`."""
+    return shown(settings.prompt or "", settings.question, settings.num_passes)
 
-    Of a document D and a question Q that is D Q, or Q D D Q as in JRT-Prompt.
+
+def shown(document: str, question: str | None, num_passes: int = 1) -> str:
+    """A document D shown `num_passes` times, and a question Q about it.
+
+    D Q, and with more than one pass Q D D Q: JRT-Prompt (Arora et al. 2024, "Just read twice",
+    section 3), which says what will be asked before the text.
     """
-    document, question = settings.prompt or "", settings.question
+    text = "\n".join([document] * num_passes)
     if question is None:
-        return "\n".join([document] * settings.num_passes)
-    if settings.num_passes == 1:
-        return f"{document} {question}"
-    return f"{question} " + "\n".join([document] * settings.num_passes) + f" {question}"
+        return text
+    joined = f"{text}{question}" if question.startswith("\n") else f"{text} {question}"
+    return joined if num_passes == 1 else f"{question.strip()} {joined}"
 
 
 def _score(

@@ -107,6 +107,7 @@ class Eval:
     model: Any
     channel_mixer: Any
     files: list[str] | None = None
+    probe: Node | None = None
 
 
 @dataclass
