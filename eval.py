@@ -36,6 +36,9 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     device = choose_device(cfg.accelerator)
     trained = load(folder, cfg.checkpoint, own, device)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    if cfg.decode:
+        with precision:
+            return _time_decoding(cfg, own, folder, trained, console)
     if cfg.lm_eval.tasks or cfg.get("probe"):
         with precision:
             return _ask(cfg, folder, trained, settings, console)
@@ -50,6 +53,27 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     console.print(f"{folder.path}, {trained.checkpoint.name}")
     print_table(result, console)
     console.print(f"written to {path}")
+    return result
+
+
+def _time_decoding(
+    cfg: DictConfig, own: DictConfig, folder: Any, trained: Any, console: Any
+) -> dict[str, Any]:
+    """Decode speed over context length, beside attention of the same size."""
+    from evaluation.decode import decode_speeds, plot_speeds, print_speeds
+    from models.build import build_model
+
+    counterpart = build_model(
+        {**own, "pattern": "attention", "memory": None}, trained.model.vocab_size
+    )
+    subject = own.pattern if isinstance(own.pattern, str) else ", ".join(own.pattern)
+    models = {subject: trained.model}
+    models["attention"] = counterpart.to(trained.model.head_weight.device)
+    result = decode_speeds(models, list(cfg.decode))
+    path = folder.write_evaluation("decode", result)
+    console.print(print_speeds(result))
+    plot_speeds(result, path.with_suffix(".png"))
+    console.print(f"written to {path} and {path.with_suffix('.png').name}")
     return result
 
 

@@ -99,6 +99,7 @@ class Eval:
     split: Literal["validation", "test"]
     eval: Node
     lm_eval: Node
+    decode: list[Positive] | None
     data: Data
     accelerator: Accelerator
     precision: Precision

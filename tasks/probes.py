@@ -91,7 +91,7 @@ class Passkey(Probe):
                 raise ConfigError(f"probe.depths={depth}: expected 0 to 100 percent")
         self.instruction, self.filler = instruction, filler
         self.statement, self.question = statement, question
-        self.words, self.depths, self.largest = words, depths, largest
+        self.words, self.depths, self.largest = list(words), list(depths), largest
 
     def questions(self) -> Iterator[Question]:
         """See Probe."""
@@ -151,7 +151,7 @@ class Needles(Probe):
                     f"probe.needles={count}: expected 1 to {len(keys)}, as many as keys"
                 )
         self.filler, self.statement, self.question = filler, statement, question
-        self.keys, self.words, self.needles = keys, words, needles
+        self.keys, self.words, self.needles = list(keys), list(words), list(needles)
 
     def questions(self) -> Iterator[Question]:
         """See Probe."""
@@ -211,7 +211,7 @@ class PhoneBook(Probe):
                     f"probe.entries={count}: expected 3 to {len(first) * len(last)}, as many as "
                     "pairs of names"
                 )
-        self.first, self.last, self.entries = first, last, entries
+        self.first, self.last, self.entries = list(first), list(last), list(entries)
 
     def questions(self) -> Iterator[Question]:
         """See Probe."""
