@@ -62,9 +62,10 @@ def _time_decoding(
     """Decode speed over context length, beside attention of the same size."""
     from evaluation.decode import decode_speeds, plot_speeds, print_speeds
     from models.build import build_model
+    from schema.check import plain
 
     counterpart = build_model(
-        {**own, "pattern": "attention", "memory": None}, trained.model.vocab_size
+        {**plain(own), "pattern": "attention", "memory": None}, trained.model.vocab_size
     )
     subject = own.pattern if isinstance(own.pattern, str) else ", ".join(own.pattern)
     models = {subject: trained.model}

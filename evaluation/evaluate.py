@@ -12,7 +12,7 @@ from evaluation.probes import score_probe
 from evaluation.progress import Show, bars
 from evaluation.recall import SliceScore, pooled, score_slice
 from evaluation.settings import Settings
-from evaluation.text import prompt_text, read_text, sample, score_text
+from evaluation.text import check_lengths, prompt_text, read_text, sample, score_text
 from models.interface import TokenModel
 from schema.errors import ConfigError
 from tasks.base import Split, Task
@@ -105,6 +105,7 @@ def _text(
     trained_on.prepare()
     _check_vocabulary(model, trained_on)
     text = read_text(task, split, trained_on, settings.ar_hits)
+    check_lengths(model, text, trained_on.store.tokenizer, settings, trained_on.seq_len)
     result = score_text(model, text, settings, trained_on.seq_len, show)
     samples = sample(model, trained_on.store.tokenizer, settings)
     return {
