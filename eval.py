@@ -36,9 +36,12 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     device = choose_device(cfg.accelerator)
     trained = load(folder, cfg.checkpoint, own, device)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-    if cfg.lm_eval.tasks:
+    if cfg.decode:
         with precision:
-            return _run_harness(cfg, folder, trained, console)
+            return _time_decoding(cfg, own, folder, trained, console)
+    if cfg.lm_eval.tasks or cfg.get("probe"):
+        with precision:
+            return _ask(cfg, folder, trained, settings, console)
     task: Task = instantiate(cfg.task) if cfg.get("task") else trained.task
     with precision:
         result = evaluate(
@@ -53,25 +56,57 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def _run_harness(cfg: DictConfig, folder: Any, trained: Any, console: Any) -> dict[str, Any]:
-    """The tasks of lm-evaluation-harness, written to eval/lm_eval.json."""
+def _time_decoding(
+    cfg: DictConfig, own: DictConfig, folder: Any, trained: Any, console: Any
+) -> dict[str, Any]:
+    """Decode speed over context length, beside attention of the same size."""
+    from evaluation.decode import decode_speeds, plot_speeds, print_speeds
+    from models.build import build_model
+    from schema.check import plain
+
+    counterpart = build_model(
+        {**plain(own), "pattern": "attention", "memory": None}, trained.model.vocab_size
+    )
+    subject = own.pattern if isinstance(own.pattern, str) else ", ".join(own.pattern)
+    models = {subject: trained.model}
+    models["attention"] = counterpart.to(trained.model.head_weight.device)
+    result = decode_speeds(models, list(cfg.decode))
+    path = folder.write_evaluation("decode", result)
+    console.print(print_speeds(result))
+    plot_speeds(result, path.with_suffix(".png"))
+    console.print(f"written to {path} and {path.with_suffix('.png').name}")
+    return result
+
+
+def _ask(cfg: DictConfig, folder: Any, trained: Any, settings: Any, console: Any) -> dict[str, Any]:
+    """What reads texts beside the run's own: tasks of lm-evaluation-harness, or a probe."""
     from hydra.utils import instantiate
 
+    from evaluation.evaluate import probe
     from evaluation.harness import print_harness, run_harness
+    from evaluation.table import print_table
     from schema.errors import ConfigError
     from tasks.text.task import LanguageModelling
 
+    key = "lm_eval.tasks" if cfg.lm_eval.tasks else f"probe={cfg.probe._target_.split('.')[-1]}"
     if not isinstance(trained.task, LanguageModelling):
         raise ConfigError(
-            f"lm_eval.tasks: the run was trained on {trained.task.name}, "
+            f"{key}: the run was trained on {trained.task.name}, "
             "which has no tokeniser to read a text with"
         )
-    settings = instantiate(cfg.lm_eval, _convert_="all")
-    result = run_harness(trained.model, trained.task.store.tokenizer, settings)
-    result = {"checkpoint": trained.checkpoint.name, "note": trained.task.note, **result}
-    path = folder.write_evaluation("lm_eval", result)
+    if cfg.lm_eval.tasks:
+        harness = instantiate(cfg.lm_eval, _convert_="all")
+        result = run_harness(trained.model, trained.task.store.tokenizer, harness)
+        name, show = "lm_eval", print_harness
+        result = {"note": trained.task.note, **result}
+    else:
+        asked = instantiate(cfg.probe, _convert_="all")
+        result = probe(trained.model, asked, settings, trained.task, console=console)
+        name, show = asked.name, print_table
+    result = {"checkpoint": trained.checkpoint.name, **result}
+    path = folder.write_evaluation(name, result)
     console.print(f"{folder.path}, {trained.checkpoint.name}")
-    print_harness(result, console)
+    show(result, console)
     console.print(f"written to {path}")
     return result
 

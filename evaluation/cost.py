@@ -45,7 +45,7 @@ def measure_cost(
             "context": context,
             "prefill_tokens_per_second": prefill,
             "decode_tokens_per_second": decode,
-            "device": _device_name(parameter.device),
+            "device": device_name(parameter.device),
             "threads": torch.get_num_threads(),
             "dtype": str(parameter.dtype).removeprefix("torch."),
         },
@@ -81,16 +81,16 @@ def _speeds(
 
     with evaluation_mode(model):
         token, state = prefill()
-        prefill_seconds = [_timed(device, prefill)[0] for _ in range(repeats)]
+        prefill_seconds = [timed(device, prefill)[0] for _ in range(repeats)]
         token, state = step(token, state)
         decode_seconds = []
         for _ in range(decode_tokens):
-            seconds, (token, state) = _timed(device, lambda t=token, s=state: step(t, s))
+            seconds, (token, state) = timed(device, lambda t=token, s=state: step(t, s))
             decode_seconds.append(seconds)
     return batch_size * context / median(prefill_seconds), batch_size / median(decode_seconds)
 
 
-def _timed(device: torch.device, run: Callable[[], Any]) -> tuple[float, Any]:
+def timed(device: torch.device, run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds that `run` took, work queued on an accelerator included, and what it returned."""
     _wait(device)
     start = time.perf_counter()
@@ -104,5 +104,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, "cpu" for the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -8,13 +8,15 @@ from rich.console import Console
 from evaluation.chosen import chosen_slices
 from evaluation.cost import measure_cost
 from evaluation.limits import check_length
+from evaluation.probes import score_probe
 from evaluation.progress import Show, bars
 from evaluation.recall import SliceScore, pooled, score_slice
 from evaluation.settings import Settings
-from evaluation.text import prompt_text, read_text, sample, score_text
+from evaluation.text import check_lengths, prompt_text, read_text, sample, score_text
 from models.interface import TokenModel
 from schema.errors import ConfigError
 from tasks.base import Split, Task
+from tasks.probes import Probe
 from tasks.recall.task import Recall
 from tasks.text.task import LanguageModelling
 
@@ -61,6 +63,32 @@ def evaluate(
     return result
 
 
+def probe(
+    model: TokenModel,
+    asked: Probe,
+    settings: Settings,
+    trained_on: LanguageModelling,
+    *,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Score `model` on the questions of a probe; as `evaluate` on a recall task.
+
+    Raises:
+        ConfigError: the model's vocabulary is not that of `trained_on`, or it cannot read so much.
+    """
+    show = bars(console or Console(stderr=True))
+    return {
+        "task": asked.name,
+        "kind": "recall",
+        "split": "test",
+        "trained_on": trained_on.name,
+        "note": trained_on.note,
+        "model": _model_facts(model),
+        "num_passes": settings.num_passes,
+        **score_probe(model, trained_on.store.tokenizer, asked, settings, show),
+    }
+
+
 def _text(
     model: TokenModel,
     task: LanguageModelling,
@@ -77,6 +105,7 @@ def _text(
     trained_on.prepare()
     _check_vocabulary(model, trained_on)
     text = read_text(task, split, trained_on, settings.ar_hits)
+    check_lengths(model, text, trained_on.store.tokenizer, settings, trained_on.seq_len)
     result = score_text(model, text, settings, trained_on.seq_len, show)
     samples = sample(model, trained_on.store.tokenizer, settings)
     return {

@@ -7,20 +7,21 @@ decoding goes on from the states.
 B rows, T time, D model width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from evaluation.continuations import batches, continue_tokens, pad_left, text_of
 from evaluation.limits import check_length
 from evaluation.protocols import score_carried
-from models.generation import evaluation_mode, generate
+from models.generation import evaluation_mode
 from models.interface import TokenModel
 from schema.errors import ConfigError
-from tasks.base import IGNORED, PADDING, Document
-from tasks.text.tokenizers import END_OF_LINE, Tokenizer
+from tasks.base import IGNORED, Document
+from tasks.text.tokenizers import Tokenizer
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -88,11 +89,8 @@ class SeqmixLM(TemplateLM):
         return ids if add_special_tokens is False else [self.codec.bos, *ids]
 
     def tok_decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; the word that stands for the end of a line is one."""
-        text = self.codec.decode(ids)
-        if self.codec.unknown is None:  # no word-level tokeniser
-            return text
-        return text.replace(f" {END_OF_LINE} ", "\n").replace(END_OF_LINE, "\n")
+        """See continuations.text_of."""
+        return text_of(self.codec, ids)
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -139,8 +137,16 @@ class SeqmixLM(TemplateLM):
             groups.setdefault(_Generation.of(request.args[1]), []).append(i)
         for options, members in groups.items():
             prompts = {i: self._prompt(requests[i].args[0], options) for i in members}
-            for rows in self._batches(members, lambda i, of=prompts: len(of[i])):
-                texts = self._continue([prompts[i] for i in rows], options)
+            for batch in self._batches([len(prompts[i]) for i in members]):
+                rows = [members[place] for place in batch]
+                texts = continue_tokens(
+                    self.model,
+                    self.codec,
+                    [prompts[i] for i in rows],
+                    max_new_tokens=options.max_new_tokens,
+                    until=options.until,
+                    temperature=options.temperature,
+                )
                 made |= dict(zip(rows, texts, strict=True))
         return [made[i] for i in range(len(requests))]
 
@@ -166,7 +172,7 @@ class SeqmixLM(TemplateLM):
         results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         device = self.model.head_weight.device
         with evaluation_mode(self.model):
-            for members in self._batches(range(len(rows)), lambda i: len(rows[i].inputs)):
+            for members in self._batches([len(row.inputs) for row in rows]):
                 inputs, segments = pad_left([rows[i].inputs for i in members])
                 targets = torch.full_like(inputs, IGNORED)
                 for b, i in enumerate(members):
@@ -185,26 +191,6 @@ class SeqmixLM(TemplateLM):
         losses = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
         return -float(losses.double().sum()), bool((logits.argmax(-1) == wanted).all())
 
-    def _continue(self, prompts: list[list[int]], options: "_Generation") -> list[str]:
-        inputs, segments = pad_left(prompts)
-        device = self.model.head_weight.device
-        until = options.until
-
-        def stop(new: Tensor) -> Tensor:
-            texts = [self.tok_decode(row) for row in new.tolist()]
-            return torch.tensor([any(end in text for end in until) for text in texts])
-
-        new = generate(
-            self.model,
-            inputs.to(device),
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            stop_token=self.codec.bos,
-            stop=stop if until else None,
-            segments=_to(segments, device),
-        )
-        return [_before(self.tok_decode(row), until) for row in new.tolist()]
-
     def _prompt(self, context: str, options: "_Generation") -> list[int]:
         """Ids of a prompt that leaves room for what is generated."""
         ids = self.tok_encode(context)
@@ -220,25 +206,15 @@ class SeqmixLM(TemplateLM):
         check_length(self.model, len(ids) + options.max_new_tokens, "a prompt and its continuation")
         return ids
 
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        return batches(lengths, self.batch_size, self.model.supports_segments)
+
     def _cut(self, row: _Scored) -> _Scored:
         """A row of at most `max_length` inputs."""
         if self.max_length is None or len(row.inputs) <= self.max_length:
             return row
         self.truncated += 1
         return _Scored(row.inputs[-self.max_length :], row.targets[-self.max_length :])
-
-    def _batches(self, members: Sequence[int], length: Callable[[int], int]) -> Iterator[list[int]]:
-        """Rows of like length side by side, of equal length where padding would be seen."""
-        alike = not self.model.supports_segments
-        batch: list[int] = []
-        for i in sorted(members, key=lambda i: -length(i)):
-            full = len(batch) == self.batch_size
-            if batch and (full or (alike and length(i) != length(batch[0]))):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
 
 
 @dataclass(frozen=True)
@@ -259,27 +235,11 @@ class _Generation:
             )
         until = options.get("until") or []
         until = (until,) if isinstance(until, str) else tuple(until)
-        warm = options.get("do_sample", False) or float(options.get("temperature") or 0) > 0
-        temperature = float(options.get("temperature") or 1.0) if warm else 0.0
+        # do_sample alone samples at temperature 1; a temperature of 0 is greedy whatever it says
+        default = 1.0 if options.get("do_sample", False) else 0.0
+        temperature = float(options.get("temperature", default))
         return cls(until, int(options.get("max_gen_toks", MAX_NEW_TOKENS)), temperature)
-
-
-def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, T) that end together and their `segments`, None where no row is padded."""
-    longest = max(len(row) for row in rows)
-    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
-    segments = torch.full_like(inputs, PADDING)
-    for b, row in enumerate(rows):
-        inputs[b, longest - len(row) :] = torch.tensor(row)
-        segments[b, longest - len(row) :] = 0
-    return inputs, None if bool((segments == 0).all()) else segments
 
 
 def _to(segments: Tensor | None, device: torch.device) -> Tensor | None:
     return None if segments is None else segments.to(device)
-
-
-def _before(text: str, ends: Sequence[str]) -> str:
-    for end in ends:
-        text = text.split(end)[0]
-    return text

@@ -127,11 +127,7 @@ def sample(model: TokenModel, tokenizer: Tokenizer, settings: Settings) -> list[
     """Continuations of the prompt; greedy ones are all the same, so that there is one."""
     if settings.samples == 0:
         return []
-    prompt = np.array([tokenizer.bos])
-    text = prompt_text(settings)
-    if text:
-        prompt = np.append(prompt, tokenizer.encode_batch([text])[0])
-    check_length(model, len(prompt) + settings.max_new_tokens, "eval.prompt and its continuation")
+    prompt = prompt_ids(tokenizer, settings)
     rows = settings.samples if settings.temperature > 0 else 1
     device = model.head_weight.device
     new = generate(
@@ -147,17 +143,48 @@ def sample(model: TokenModel, tokenizer: Tokenizer, settings: Settings) -> list[
     return [tokenizer.decode(row) for row in new.cpu().numpy()]
 
 
-def prompt_text(settings: Settings) -> str:
-    """The prompt, shown `num_passes` times; a question stands behind it, and before it if repeated.
+def check_lengths(
+    model: TokenModel, text: Text, tokenizer: Tokenizer, settings: Settings, train_length: int
+) -> None:
+    """Return when `model` can read all that `settings` asks for.
 
-    Of a document D and a question Q that is D Q, or Q D D Q as in JRT-Prompt.
+    Raises:
+        ConfigError: a prompt, a window or a document that is longer than the model can read.
     """
-    document, question = settings.prompt or "", settings.question
+    longest = max(len(document.ids) - 1 for document in text.documents)
+    if settings.samples:
+        prompt = len(prompt_ids(tokenizer, settings)) + settings.max_new_tokens
+        check_length(model, prompt, "eval.prompt and its continuation")
+    if "carried" in settings.protocols:
+        check_length(model, longest, "eval.protocol=carried, the longest document")
+    if "windowed" in settings.protocols:
+        window = _window(settings, train_length)
+        key = f"eval.window={settings.window}"
+        check_length(model, min(longest, window or longest), key)
+
+
+def prompt_ids(tokenizer: Tokenizer, settings: Settings) -> np.ndarray:
+    """The prompt behind the begin-of-document id, (T,)."""
+    ids = tokenizer.encode_batch([prompt_text(settings)])[0]
+    return np.concatenate([[tokenizer.bos], ids])
+
+
+def prompt_text(settings: Settings) -> str:
+    """The prompt and the question of an evaluation, see `shown`."""
+    return shown(settings.prompt or "", settings.question, settings.num_passes)
+
+
+def shown(document: str, question: str | None, num_passes: int = 1) -> str:
+    """A document D shown `num_passes` times, and a question Q about it.
+
+    D Q, and with more than one pass Q D D Q: JRT-Prompt (Arora et al. 2024, "Just read twice",
+    section 3), which says what will be asked before the text.
+    """
+    text = "\n".join([document] * num_passes)
     if question is None:
-        return "\n".join([document] * settings.num_passes)
-    if settings.num_passes == 1:
-        return f"{document} {question}"
-    return f"{question} " + "\n".join([document] * settings.num_passes) + f" {question}"
+        return text
+    joined = f"{text}{question}" if question.startswith("\n") else f"{text} {question}"
+    return joined if num_passes == 1 else f"{question.strip()} {joined}"
 
 
 def _score(
@@ -176,7 +203,7 @@ def _score(
     if protocol == "carried":
         return score_carried(model, text.documents, chunk=settings.chunk, **shared)
     window = settings.window
-    size = {"train": train_length, "document": None}[window] if isinstance(window, str) else window
+    size = _window(settings, train_length)
     prefix = settings.prefix or 0
     longest = max(len(document.ids) - 1 for document in text.documents)
     places = longest if size is None else size
@@ -193,6 +220,12 @@ def _score(
     return score_windowed(
         model, text.documents, window=size, stride=settings.stride, prefix=prefix, **shared
     )
+
+
+def _window(settings: Settings, train_length: int) -> int | None:
+    """Places of a window; None where a document is one."""
+    window = settings.window
+    return {"train": train_length, "document": None}[window] if isinstance(window, str) else window
 
 
 def _encode(corpus: Corpus, split: Split, tokenizer: Tokenizer) -> tuple[list[Document], float]:

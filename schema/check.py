@@ -36,7 +36,7 @@ def check(cfg: DictConfig, config_name: str = "config") -> None:
         with _named("task"):
             instantiate(cfg.task)
     if config_name == "eval":
-        for key in ("eval", "lm_eval"):
+        for key in ("eval", "lm_eval", *(["probe"] if cfg.get("probe") else [])):
             with _named(key):
                 instantiate(cfg[key])
     elif config_name == "config":

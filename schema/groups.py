@@ -99,6 +99,7 @@ class Eval:
     split: Literal["validation", "test"]
     eval: Node
     lm_eval: Node
+    decode: list[Positive] | None
     data: Data
     accelerator: Accelerator
     precision: Precision
@@ -107,6 +108,7 @@ class Eval:
     model: Any
     channel_mixer: Any
     files: list[str] | None = None
+    probe: Node | None = None
 
 
 @dataclass

@@ -22,8 +22,9 @@ COMMANDS = {"config", "eval", "compare", "bench", "export", "recall_study"}
 EVERYWHERE = {"shell", *(file for file in FILES if file.startswith("hydra/"))}
 MIXERS = {file for file in FILES if file.startswith("mixer/")}
 SWEEPS = {file for file in FILES if file.startswith("sweep/")}
+PROBES = {file for file in FILES if file.startswith("probe/")}
 STUDIES = {file for file in FILES if file.startswith("study/")}
-CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - SWEEPS - STUDIES
+CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - SWEEPS - STUDIES - PROBES
 PARTS = ("train", "test")  # of a recall task; its first slices are its smallest
 # What says how a run goes rather than what is trained: shown by a whole run.
 RUNS = {f for f in CHOICES if f.split("/")[0] in ("trainer", "logger", "callbacks", "debug")}
@@ -158,6 +159,13 @@ def test_evaluation(task):
     overrides = ["run=somewhere"] + ([f"task={task}"] if task else [])
     cfg = compose("eval", overrides + (["files=[text.txt]"] if task == "text" else []))
     check(cfg, "eval")
+
+
+@pytest.mark.parametrize("file", sorted(PROBES))
+def test_probes(file):
+    cfg = compose("eval", ["run=somewhere", *overrides_of(file)])
+    check(cfg, "eval")
+    assert next(iter(instantiate(cfg.probe).questions())).answer.isdigit()
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -205,3 +205,21 @@ def test_bf16_says_so_and_is_close(text_run):
     assert rounded["protocols"]["carried"]["nll"] == pytest.approx(
         exact["protocols"]["carried"]["nll"], rel=1e-2
     )
+
+
+def test_probes_and_decode_speeds_have_files_of_their_own(text_run, recall_run):
+    small = ("probe=needle", "probe.words=[10]", "probe.needles=[1,2]", "probe.samples=2")
+    found = evaluated(text_run, *small, "eval.num_passes=2")
+    assert [row["slice"] for row in found["slices"]] == ["W10_K1", "W10_K2"]
+    assert RunFolder(text_run).evaluation("needle_text") == found
+    with pytest.raises(ConfigError, match=r"probe=Needles: .* mqar, which has no tokeniser"):
+        evaluated(recall_run, *small)
+    speeds = evaluated(recall_run, "decode=[4,16]")
+    assert [row["model"] for row in speeds["rows"]] == ["conv, attention", "attention"] * 2
+    assert (recall_run / "eval" / "decode.png").is_file()
+
+
+def test_recall_is_tested_beyond_its_training_length(recall_run):
+    found = evaluated(recall_run, "eval.lengths=[16,128]", "eval.num_passes=2")
+    assert [row["slice"] for row in found["slices"]] == ["L16_K2", "L128_K2"]
+    assert [row["slice"] for row in found["groups"]] == ["length 16", "length 128"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evaluation import Settings, evaluate
+from evaluation.continuations import pad_left
 from models.generation import generate
 from schema.errors import ConfigError
 from tests.tasks.corpora import small_task
@@ -17,7 +18,7 @@ from tests.tiny import tiny_model
 pytest.importorskip("lm_eval")
 
 from evaluation.harness import OWN_TASKS, HarnessSettings, run_harness
-from evaluation.lm_eval_adapter import SeqmixLM, pad_left
+from evaluation.lm_eval_adapter import SeqmixLM
 from evaluation.lm_eval_tasks import prompts
 
 QUIET = Settings(samples=0, cost=False, protocol="carried")

@@ -144,3 +144,22 @@ def test_wikitext_has_its_official_word_count(tmp_path):
     facts = read_text(other, "test", own).facts()
     assert facts == read_text(own, "test", own).facts()
     assert facts["words"] == facts["official_words"] == 245_569
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"eval\.protocol=carried, the longest document: \d+ positions; this model reads 8"),
+        ({"protocol": "windowed", "window": 9}, r"eval\.window=9: 9 positions; this model reads 8"),
+        (
+            {"protocol": "windowed", "samples": 1, "prompt": "a cat", "max_new_tokens": 3},
+            r"eval\.prompt and its continuation: 9 positions; this model reads 8 at most",
+        ),
+    ],
+)
+def test_more_than_a_model_reads_is_refused_before_any_work(task, options, message):
+    model = tiny_model("hyena", vocab_size=task.vocab_size)
+    for mixer in model.mixers:
+        mixer.max_len, mixer.beyond = 8, "refuse"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(model, task, "test", Settings(**{"samples": 0, "cost": False, **options}))
