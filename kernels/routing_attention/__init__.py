@@ -41,7 +41,11 @@ _CLUSTER_FORMS = {
     "torch": cluster_torch,
     "reference": cluster_reference,
 }
-_BALANCED_FORMS = {"torch": balanced_torch, "reference": balanced_reference}
+_BALANCED_FORMS = {
+    "triton": partial(balanced_torch, form="triton"),
+    "torch": balanced_torch,
+    "reference": balanced_reference,
+}
 
 
 def routing_attention(
@@ -92,7 +96,7 @@ def routing_attention(
         segments: int (B, T) document numbers, non-decreasing over the valid positions; windows and
             clusters are those of a document. -1 is padding: seen by no valid query, its own output
             finite and otherwise unspecified.
-        backend: "auto", "triton" (mode="strict" only), "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         (B, T, H, D) in the dtype of q.
@@ -241,7 +245,9 @@ def balanced_attention(
     check_shape("balanced_attention", "k_scores", k_scores, "(B, H, K, T)", B, H, None, T)
     if q_scores is not None:
         check_shape("balanced_attention", "q_scores", q_scores, "(B, H, K, T)", *k_scores.shape)
-    form = choose("balanced_attention", backend, _BALANCED_FORMS, q.device)
+    form = choose(
+        "balanced_attention", backend, _BALANCED_FORMS, q.device, accumulation_dtype(q, k, v)
+    )
     return form(
         q,
         k,

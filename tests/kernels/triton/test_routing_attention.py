@@ -1,12 +1,14 @@
-"""Strict routing attention's Triton kernels against the float64 definition, and mutants of them.
+"""Routing attention's Triton kernels against the float64 definition, and mutants of them.
 
 B batch, T queries, S keys, H heads, D head width.
 """
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.routing_attention import cluster_attention
+from kernels.routing_attention import balanced_attention, cluster_attention
+from kernels.routing_attention.members import member_attention
 from tests.kernels.compare import assert_forms_agree, documents
 from tests.kernels.guard import mutate
 
@@ -75,6 +77,52 @@ def test_few_queries_see_keys_far_apart():
     check(3 * BLOCK, window=1, rule="last_resort", B=1)
 
 
+def check_topw(T, kind=None, dtype=torch.float32, *, window=9, shared=True, **options):
+    """Output and every gradient of the top-w form, of the whole and going on from a past."""
+    generator = torch.Generator().manual_seed(T)
+    scores = torch.rand(2, 1, 2, CLUSTERS, T, generator=generator)
+    segments = documents(1, T, kind)
+    options = {"window": window, **options}
+
+    def form(backend, *x):
+        outputs, past, cut = [], None, T // 3 if kind is None else 0
+        for at in (slice(0, cut), slice(cut, T)):
+            if at.start == at.stop:
+                continue
+            filled = torch.tensor([min(at.start, window)]) if past else None
+            y, _, past = balanced_attention(
+                *(part[:, at] for part in x), None if shared else scores[0][..., at],
+                scores[1][..., at], segments=segments, past=past, filled=filled,
+                want_members=True, backend=backend, **options,
+            )  # fmt: skip
+            outputs.append(y)
+        return (torch.cat(outputs, 1),)
+
+    valid = None if segments is None else segments >= 0
+    assert_forms_agree(form, inputs(T, T, 1), dtype, valid, "triton")
+
+
+@pytest.mark.parametrize("rule", ["allowed", "last_resort"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_topw(causal, rule):
+    check_topw(31, causal=causal, self_rule=rule)
+    check_topw(23, causal=causal, self_rule=rule, shared=False, window=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_topw_of_documents(dtype):
+    check_topw(20, "padded", dtype, self_rule="last_resort", window=5)
+
+
+def test_topw_operator_and_its_flops():
+    q, k, v = (x.squeeze(2).float() for x in inputs(5, 7, 2, H=1, D=16))
+    members, asking = torch.arange(7).expand(2, 7), torch.arange(2, 7).expand(2, 5)
+    options = {"causal": True, "last_resort": False, "scale": 0.3}
+    with FlopCounterMode(display=False) as counted:
+        member_attention(q, k, v, members.contiguous(), asking.contiguous(), **options)
+    assert counted.get_total_flops() == 4 * 2 * 5 * 7 * 16
+
+
 MUTANTS = {
     "the own key twice": (
         "seen = seen & (places[None] != own[:, None])\n        scores",
@@ -103,6 +151,7 @@ MUTANTS = {
         "out = out * shrink[:, None] + dot", "out = out + dot"
     ),
     "a last resort that always counts": ("if LAST_RESORT:", "if LAST_RESORT and False:"),
+    "an own key that is no member": ("if WITHIN:", "if WITHIN and False:"),
 }  # fmt: skip
 
 
@@ -113,6 +162,7 @@ def test_mutants_are_caught(monkeypatch, tmp_path, mutant):
     def run():
         for rule in ("allowed", "last_resort"):
             check(BLOCK + 3, "packed", window=20, rule=rule, B=1)
+        check_topw(9, causal=False, shared=False, window=4)
 
     with pytest.raises(AssertionError):
         run()
