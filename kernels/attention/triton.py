@@ -252,14 +252,16 @@ def backward(
     return dq, dk, dv
 
 
-def _tiles(width: int, dtype: tl.dtype) -> dict[Any, dict[str, int]]:
+def _tiles(width: int, dtype: tl.dtype, documents: bool) -> dict[Any, dict[str, int]]:
     """Queries and keys of a block, and warps, for each kernel: the largest that spill nowhere."""
     if dtype == tl.float32 or width > 128:
         sizes = {attend: (32, 32, 4), differentiate_q: (32, 32, 4), differentiate_kv: (32, 32, 4)}
     elif width > 64:
-        sizes = {attend: (64, 32, 4), differentiate_q: (64, 32, 4), differentiate_kv: (32, 64, 4)}
+        keys = 32 if documents else 64
+        sizes = {attend: (64, 32, 4), differentiate_q: (64, 32, 4), differentiate_kv: (32, keys, 4)}
     else:
-        sizes = {attend: (128, 64, 8), differentiate_q: (64, 64, 4), differentiate_kv: (32, 64, 4)}
+        first = (64, 64, 4) if documents else (128, 64, 8)
+        sizes = {attend: first, differentiate_q: (64, 64, 4), differentiate_kv: (32, 64, 4)}
     return {kernel: {"BT": t, "BS": s, "warps": w} for kernel, (t, s, w) in sizes.items()}
 
 
@@ -279,7 +281,7 @@ class _Call:
         self.inputs = [x.contiguous() for x in (q, k, v)]
         self.sizes = (T, S, H, G, D)
         self.widths = {"BD": block_of(D, 1 << 30), "DOT": dot_dtype(q, k, v)}
-        self.tiles = _tiles(D, self.widths["DOT"])
+        self.tiles = _tiles(D, self.widths["DOT"], segments is not None)
         self.window = window if window is not None and window < S else None
         self.windowed = self.window is not None or segments is not None
         self.segments, self.spans = segments, (None, None)

@@ -1,5 +1,6 @@
 """Sparse attention on cells that an estimate of the attention matrix chooses (SEA)."""
 
+from functools import partial
 from typing import Literal, overload
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from kernels.estimated_sparse_attention.select import (
     select_cells,
 )
 from kernels.estimated_sparse_attention.visible import Visible, visible
+from kernels.precision import accumulation_dtype
 
 __all__ = [
     "GROUPINGS",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _FORMS = {
+    "triton": partial(estimated_sparse_attention_torch, form="triton"),
     "torch": estimated_sparse_attention_torch,
     "reference": estimated_sparse_attention_reference,
 }
@@ -128,7 +131,7 @@ def estimated_sparse_attention(
             queries', non-decreasing over the valid positions; a query sees its own document only.
             -1 is padding: seen by no query, its own output zero.
         return_cells: return (y, cells) and not y alone.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         y (B, T, H, V) in the dtype of v; sums are float32 (float64 for float64 inputs) whatever
@@ -156,7 +159,7 @@ def estimated_sparse_attention(
         raise ValueError(f"{name}: k has {G} heads; expected a divisor of q's {H}")
     check_choice(name, k_cells, causal, grouping)
     check_segments(name, segments, B, S)
-    form = choose(name, backend, _FORMS, q.device)
+    form = choose(name, backend, _FORMS, q.device, accumulation_dtype(q, k, v))
     y, cells = form(
         q,
         k,

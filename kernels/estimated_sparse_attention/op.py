@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.dispatch import implementation
 from kernels.estimated_sparse_attention.flops import estimated_sparse_attention_flops
-from kernels.estimated_sparse_attention.sparse import sparse_backward, sparse_forward
 from kernels.precision import accumulation_dtype
 
 Shape = Sequence[int]
@@ -30,9 +30,15 @@ def estimated_sparse_attention_torch(
     grouping: str,
     scale: float,
     segments: Tensor | None,
+    form: str = "sparse",
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, V) and the cells chosen, bool (B, H, T, K)."""
-    y, cells, _ = _attend(q, k, v, probs.detach(), segments, k_cells, causal, grouping, scale)
+    """y (B, T, H, V) and the cells chosen, bool (B, H, T, K).
+
+    Args:
+        form: the module of this package that does it, "sparse" or "triton".
+    """
+    options = (k_cells, causal, grouping, scale, form)
+    y, cells, _ = _attend(q, k, v, probs.detach(), segments, *options)
     return y, cells
 
 
@@ -47,8 +53,10 @@ def _attend(
     causal: bool,
     grouping: str,
     scale: float,
+    form: str = "sparse",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return sparse_forward(q, k, v, probs, segments, k_cells, causal, grouping, scale)
+    forward = implementation(__package__, form).forward
+    return forward(q, k, v, probs, segments, k_cells, causal, grouping, scale)
 
 
 @_attend.register_fake
@@ -62,6 +70,7 @@ def _(
     causal: bool,
     grouping: str,
     scale: float,
+    form: str = "sparse",
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, _ = q.shape
     return (
@@ -85,10 +94,10 @@ def _backward(
     causal: bool,
     grouping: str,
     scale: float,
+    form: str = "sparse",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return sparse_backward(
-        grad_y, q, k, v, segments, cells, y, log_sum, k_cells, causal, grouping, scale
-    )
+    backward = implementation(__package__, form).backward
+    return backward(grad_y, q, k, v, segments, cells, y, log_sum, k_cells, causal, grouping, scale)
 
 
 @_backward.register_fake
@@ -105,6 +114,7 @@ def _(
     causal: bool,
     grouping: str,
     scale: float,
+    form: str = "sparse",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -118,7 +128,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     dq, dk, dv = _backward(grad_y, *ctx.saved_tensors, *ctx.options)
-    return dq, dk, dv, None, None, None, None, None, None
+    return dq, dk, dv, *[None] * 7
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
@@ -135,6 +145,7 @@ def _(
     causal: bool,
     grouping: str,
     scale: float,
+    form: str = "sparse",
     out_shape: Any = None,
 ) -> int:
     B, T, H, D = q
@@ -157,6 +168,7 @@ def _(
     causal: bool,
     grouping: str,
     scale: float,
+    form: str = "sparse",
     out_shape: Any = None,
 ) -> int:
     B, T, H, D = q

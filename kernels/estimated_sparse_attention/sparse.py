@@ -37,7 +37,7 @@ class Entries(NamedTuple):
 
 
 @outside_autocast
-def sparse_forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -59,7 +59,9 @@ def sparse_forward(
     slots = None if segments is None else seen.slots()
     pairs = B * attended_pairs(T, H, cells.shape[3], k_cells, S, causal, grouping)
     for rows in _tiles(T, pairs):
-        entries = _entries(cells[:, :, rows], seen.rows(rows.start, rows.stop), slots, k.shape[2])
+        entries = list_entries(
+            cells[:, :, rows], seen.rows(rows.start, rows.stop), slots, k.shape[2]
+        )
         if len(entries.row) == 0:
             continue
         keys, values, entries = _tables(k, v, entries, exact)
@@ -72,7 +74,7 @@ def sparse_forward(
 
 
 @outside_autocast
-def sparse_backward(
+def backward(
     grad_y: Tensor,
     q: Tensor,
     k: Tensor,
@@ -97,7 +99,9 @@ def sparse_backward(
     pairs = B * attended_pairs(T, H, cells.shape[3], k_cells, S, causal, grouping)
     # The sums over keys go through all of them in every tile: a tile is to have as many entries.
     for rows in _tiles(T, pairs, at_least=len(keys)):
-        entries = _entries(cells[:, :, rows], seen.rows(rows.start, rows.stop), slots, k.shape[2])
+        entries = list_entries(
+            cells[:, :, rows], seen.rows(rows.start, rows.stop), slots, k.shape[2]
+        )
         if len(entries.row) == 0:
             continue
         q_b, g = q[:, rows].to(exact) * scale, grad_y[:, rows].to(exact)
@@ -105,7 +109,7 @@ def sparse_backward(
         inner = torch.linalg.vecdot(g, y[:, rows].to(exact)).flatten()
         d_scores = weights * (_products(g, values, entries) - inner[entries.row])
         dq[:, rows] = _sums(d_scores, keys, entries).view(B, -1, H, D) * scale
-        by_key, order = _transposed(entries, len(keys))
+        by_key, order = transposed(entries, len(keys))
         dk += _sums(d_scores[order], q_b.reshape(-1, D), by_key)
         dv += _sums(weights[order], g.reshape(-1, v.shape[3]), by_key)
     return dq.to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
@@ -118,7 +122,7 @@ def _tiles(length: int, pairs: int, *, at_least: int = 0) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _entries(cells: Tensor, seen: Visible, slots: Tensor | None, kv_heads: int) -> Entries:
+def list_entries(cells: Tensor, seen: Visible, slots: Tensor | None, kv_heads: int) -> Entries:
     """Every token that the chosen `cells` (B, H, t, K) cover, sorted by query, head and token."""
     B, H, t, K = cells.shape
     S = seen.index.shape[1]
@@ -178,7 +182,7 @@ def _softmax(scores: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     return weights / total[entries.row], log_sum
 
 
-def _transposed(entries: Entries, num_keys: int) -> tuple[Entries, Tensor]:
+def transposed(entries: Entries, num_keys: int) -> tuple[Entries, Tensor]:
     """The same entries as sums over the rows of each key, and the order that sorts them so."""
     key, order = entries.key.sort(stable=True)
     per_key = torch.bincount(key, minlength=num_keys)

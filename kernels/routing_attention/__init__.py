@@ -1,5 +1,6 @@
 """Routing attention: softmax attention inside clusters of similar tokens (Roy et al. 2021)."""
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
+from kernels.precision import accumulation_dtype
 from kernels.routing_attention.assignment import nearest, similarities, unit
 from kernels.routing_attention.balanced import Members, balanced_torch
 from kernels.routing_attention.flops import (
@@ -34,8 +36,16 @@ __all__ = [
 Mode = Literal["strict", "topw"]
 SelfRule = Literal["allowed", "last_resort"]
 
-_CLUSTER_FORMS = {"torch": cluster_torch, "reference": cluster_reference}
-_BALANCED_FORMS = {"torch": balanced_torch, "reference": balanced_reference}
+_CLUSTER_FORMS = {
+    "triton": partial(cluster_torch, form="triton"),
+    "torch": cluster_torch,
+    "reference": cluster_reference,
+}
+_BALANCED_FORMS = {
+    "triton": partial(balanced_torch, form="triton"),
+    "torch": balanced_torch,
+    "reference": balanced_reference,
+}
 
 
 def routing_attention(
@@ -86,7 +96,7 @@ def routing_attention(
         segments: int (B, T) document numbers, non-decreasing over the valid positions; windows and
             clusters are those of a document. -1 is padding: seen by no valid query, its own output
             finite and otherwise unspecified.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         (B, T, H, D) in the dtype of q.
@@ -177,7 +187,9 @@ def cluster_attention(
     if segments is not None:
         k_groups = _groups(k_labels, segments, num_clusters)
         q_groups = _groups(q_labels, segments[:, S - T :], num_clusters)
-    form = choose("cluster_attention", backend, _CLUSTER_FORMS, q.device)
+    form = choose(
+        "cluster_attention", backend, _CLUSTER_FORMS, q.device, accumulation_dtype(q, k, v)
+    )
     return form(
         q,
         k,
@@ -233,7 +245,9 @@ def balanced_attention(
     check_shape("balanced_attention", "k_scores", k_scores, "(B, H, K, T)", B, H, None, T)
     if q_scores is not None:
         check_shape("balanced_attention", "q_scores", q_scores, "(B, H, K, T)", *k_scores.shape)
-    form = choose("balanced_attention", backend, _BALANCED_FORMS, q.device)
+    form = choose(
+        "balanced_attention", backend, _BALANCED_FORMS, q.device, accumulation_dtype(q, k, v)
+    )
     return form(
         q,
         k,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kernels.long_conv.documents import bundles
+from kernels.routing_attention.members import member_attention
 
 
 class Members(NamedTuple):
@@ -77,9 +78,15 @@ def balanced_torch(
     past: Members | None,
     filled: Tensor | None,
     want_members: bool,
+    form: str = "torch",
     **options,
 ) -> tuple[Tensor, Tensor, Members | None]:
-    """All clusters at once, document by document where there are several."""
+    """All clusters at once, document by document where there are several.
+
+    Args:
+        form: what attends to the members, "torch" or "triton".
+    """
+    options["form"] = form
     parts = (q, k, v, q_scores, k_scores)
     if segments is None:
         return _one_document(*parts, None, past, filled, want_members, **options)
@@ -170,6 +177,7 @@ def _one_document(
     causal: bool,
     last_resort: bool,
     scale: float,
+    form: str,
 ) -> tuple[Tensor, Tensor, Members | None]:
     """`real` (B, T): which positions there are, the first of each row; None: all."""
     T = q.shape[1]
@@ -186,21 +194,9 @@ def _one_document(
         for name, x in (("k", k), ("v", v))
     )
     query, where, asks = _queries(q, asking, P)
-    index = held.index[..., None, :]  # (B, H, K, 1, M)
-    seen = held.real[..., None, :] & asks[..., None]
-    if causal:
-        seen = seen & (index <= where[..., None])
-    if last_resort:
-        own = seen & (index == where[..., None])
-        seen = seen & ~(own & (seen & ~own).any(-1, keepdim=True))
-    alive = seen.any(-1)  # (B, H, K, Q)
-    out = scaled_dot_product_attention(
-        query.flatten(0, 1),
-        keys.flatten(0, 1),
-        values.flatten(0, 1),
-        attn_mask=(seen | ~alive[..., None]).flatten(0, 1),  # no row of the mask is empty
-        scale=scale,
-    ).view(query.shape)
+    attend = _attend_on_gpu if form == "triton" else _attend
+    options = {"causal": causal, "last_resort": last_resort, "scale": scale}
+    out, alive = attend(query, keys, values, held, where, asks, **options)
     y, count = _average(out, where - P, alive, T)
     members = None
     if want_members:
@@ -215,6 +211,54 @@ def _one_document(
             q_held,
         )
     return y.to(q.dtype), count, members
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    held: Selection,
+    where: Tensor,
+    asks: Tensor,
+    *,
+    causal: bool,
+    last_resort: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, K, Q, D) of queries that are candidates `where`; which saw anything."""
+    index = held.index[..., None, :]  # (B, H, K, 1, M)
+    seen = held.real[..., None, :] & asks[..., None]
+    if causal:
+        seen = seen & (index <= where[..., None])
+    if last_resort:
+        own = seen & (index == where[..., None])
+        seen = seen & ~(own & (seen & ~own).any(-1, keepdim=True))
+    alive = seen.any(-1)
+    out = scaled_dot_product_attention(
+        query.flatten(0, 1),
+        keys.flatten(0, 1),
+        values.flatten(0, 1),
+        attn_mask=(seen | ~alive[..., None]).flatten(0, 1),  # no row of the mask is empty
+        scale=scale,
+    )
+    return out.view(query.shape), alive
+
+
+def _attend_on_gpu(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    held: Selection,
+    where: Tensor,
+    asks: Tensor,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """The same by the Triton kernels."""
+    members = torch.where(held.real, held.index, -1)
+    asking = torch.where(asks, where, -1)
+    parts = (x.flatten(0, 2).contiguous() for x in (query, keys, values, members, asking))
+    out, alive = member_attention(*parts, **options)
+    return out.view(query.shape), alive.view(where.shape)
 
 
 def _candidates(

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.dispatch import implementation
 from kernels.precision import accumulation_dtype
 from kernels.routing_attention.flops import (
     cluster_attention_backward_flops,
     cluster_attention_flops,
 )
 from kernels.routing_attention.step import step
-from kernels.routing_attention.strict import strict_backward, strict_forward
 
 Shape = Sequence[int]
 
@@ -36,13 +36,18 @@ def cluster_torch(
     last_resort: bool,
     shared: bool,
     scale: float,
+    form: str = "strict",
 ) -> Tensor:
-    """The blocked form, or a single query at once."""
+    """The blocked form, or a single query at once.
+
+    Args:
+        form: the module of this package that does the blocks, "strict" or "triton".
+    """
     if q.shape[1] == 1:
         return step(
             q, k, v, q_groups, k_groups, window=window, last_resort=last_resort, scale=scale
         )
-    y, _ = _cluster(q, k, v, q_groups, k_groups, window, causal, last_resort, shared, scale)
+    y, _ = _cluster(q, k, v, q_groups, k_groups, window, causal, last_resort, shared, scale, form)
     return y
 
 
@@ -58,8 +63,10 @@ def _cluster(
     last_resort: bool,
     shared: bool,
     scale: float,
+    form: str = "strict",
 ) -> tuple[Tensor, Tensor]:
-    return strict_forward(q, k, v, q_groups, k_groups, window, causal, last_resort, shared, scale)
+    forward = implementation(__package__, form).forward
+    return forward(q, k, v, q_groups, k_groups, window, causal, last_resort, shared, scale)
 
 
 @_cluster.register_fake
@@ -74,6 +81,7 @@ def _(
     last_resort: bool,
     shared: bool,
     scale: float,
+    form: str = "strict",
 ) -> tuple[Tensor, Tensor]:
     exact = accumulation_dtype(q, k, v)
     return q.new_empty(q.shape), q.new_empty(*q.shape[:3], 1, dtype=exact)
@@ -94,8 +102,10 @@ def _backward(
     last_resort: bool,
     shared: bool,
     scale: float,
+    form: str = "strict",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return strict_backward(
+    backward = implementation(__package__, form).backward
+    return backward(
         grad, q, k, v, q_groups, k_groups, y, lse, window, causal, last_resort, shared, scale
     )
 
@@ -115,6 +125,7 @@ def _(
     last_resort: bool,
     shared: bool,
     scale: float,
+    form: str = "strict",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -126,7 +137,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv = _backward(grad, *ctx.saved_tensors, *ctx.options)
-    return dq, dk, dv, *[None] * 7
+    return dq, dk, dv, *[None] * 8
 
 
 _cluster.register_autograd(_differentiate, setup_context=_save)
@@ -144,6 +155,7 @@ def _(
     last_resort: bool,
     shared: bool,
     scale: float,
+    form: str = "strict",
     out_shape: Any = None,
 ) -> int:
     B, T, H, D = q
@@ -167,6 +179,7 @@ def _(
     last_resort: bool,
     shared: bool,
     scale: float,
+    form: str = "strict",
     out_shape: Any = None,
 ) -> int:
     B, T, H, D = q

@@ -45,8 +45,8 @@ def make_plan(q_groups: Tensor, k_groups: Tensor, window: int, causal: bool, sha
     q_groups, k_groups = (
         g.transpose(1, 2).reshape(B * H, -1).contiguous() for g in (q_groups, k_groups)
     )
-    ordered, order, index = _sort_keys(k_groups)
-    low, high = _visible(ordered, q_groups, S, window, causal)
+    ordered, order, index = sort_keys(k_groups)
+    low, high = visible_places(ordered, q_groups, S, window, causal)
     own = index[:, S - T :]
     # A shared query's own key ends its run, and no block has more than C of them.
     last = own if shared else (_end_of_past(ordered, q_groups, S) - 1).clamp(min=0)
@@ -62,13 +62,13 @@ def make_plan(q_groups: Tensor, k_groups: Tensor, window: int, causal: bool, sha
     width = tiles.reach + tiles.blocks + tiles.ahead
     row = torch.arange(B * H, device=order.device)[:, None]
     keys = order.new_zeros(B * H, width * C)
-    keys[:, tiles.reach * C : tiles.reach * C + S] = _rows(order, B, H)
+    keys[:, tiles.reach * C : tiles.reach * C + S] = rows_at(order, B, H, S)
     positions = torch.arange(T, device=order.device).expand(B * H, T)
     return Plan(
         tiles,
         keys,
         index + tiles.reach * C,
-        in_slots(_rows(positions, B, H), 0),
+        in_slots(rows_at(positions, B, H, T), 0),
         (row * tiles.chunks * C + slot).view(B, H, T).transpose(1, 2).flatten(),
         (row * width + block.view(B * H, -1)).flatten(),
         in_slots(low, 0) - first,
@@ -77,7 +77,7 @@ def make_plan(q_groups: Tensor, k_groups: Tensor, window: int, causal: bool, sha
     )
 
 
-def _sort_keys(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sort_keys(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sorted names group * S + position, the position at each place, the place of each position."""
     S = groups.shape[1]
     position = torch.arange(S, device=groups.device)
@@ -87,7 +87,7 @@ def _sort_keys(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ordered, order, place
 
 
-def _names(groups: Tensor, S: int) -> Tensor:
+def query_names(groups: Tensor, S: int) -> Tensor:
     """The queries' names among those of the keys."""
     T = groups.shape[1]
     return groups * S + torch.arange(S - T, S, device=groups.device)
@@ -95,10 +95,10 @@ def _names(groups: Tensor, S: int) -> Tensor:
 
 def _end_of_past(ordered: Tensor, groups: Tensor, S: int) -> Tensor:
     """The place after each query's last key at or before it, its own group's or an earlier one."""
-    return torch.searchsorted(ordered, _names(groups, S), right=True)
+    return torch.searchsorted(ordered, query_names(groups, S), right=True)
 
 
-def _visible(
+def visible_places(
     ordered: Tensor, groups: Tensor, S: int, window: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """First place and end (N, T) of what each query sees; nothing for the group -1."""
@@ -108,7 +108,7 @@ def _visible(
     if causal:
         return low, end
     close = torch.searchsorted(ordered, (groups + 1) * S)
-    ahead = torch.searchsorted(ordered, _names(groups, S)) + window
+    ahead = torch.searchsorted(ordered, query_names(groups, S)) + window
     return low, torch.minimum(close, ahead)
 
 
@@ -124,9 +124,8 @@ def _slots(anchor: Tensor, tiles: Tiles) -> Tensor:
     return torch.empty_like(slot).scatter_(1, order, slot)
 
 
-def _rows(positions: Tensor, B: int, H: int) -> Tensor:
-    """Rows of (B, T, H, .), flattened, at the positions (N, .) in 0..T-1."""
-    T = positions.shape[1]
+def rows_at(positions: Tensor, B: int, H: int, length: int) -> Tensor:
+    """Rows of (B, length, H, .), flattened, at the positions (N, .) of each batch row and head."""
     heads = torch.arange(H, device=positions.device).repeat(B)[:, None]
     rows = torch.arange(B, device=positions.device).repeat_interleave(H)[:, None]
-    return (rows * T + positions) * H + heads
+    return (rows * length + positions) * H + heads

@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 
 
 @outside_autocast
-def strict_forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -64,7 +64,7 @@ def strict_forward(
 
 
 @outside_autocast
-def strict_backward(
+def backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,

@@ -337,8 +337,8 @@ def test_no_tensor_is_quadratic():
         q, k, v = (torch.randn(1, T, 2, 4) for _ in range(3))
         probs = torch.rand(1, 2, T, 128)
         with LargestTensor() as largest:
-            y, cells, log_sum = sparse.sparse_forward(q, k, v, probs, None, *options)
-            sparse.sparse_backward(y, q, k, v, None, cells, y, log_sum, *options)
+            y, cells, log_sum = sparse.forward(q, k, v, probs, None, *options)
+            sparse.backward(y, q, k, v, None, cells, y, log_sum, *options)
         sizes.append(largest.numel)
     assert sizes[1] <= 4.1 * sizes[0]
     assert sizes[1] < 4096 * 4096 / 8
