@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint kernels clean
+.PHONY: train recall-study test test-slow lint kernels clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -12,6 +12,9 @@ $(VENV)/.installed: pyproject.toml
 
 train: $(VENV)/.installed  ## a first model: MQAR on the CPU, about a minute
 	$(BIN)/python train.py
+
+recall-study: $(VENV)/.installed  ## five mixers on MQAR, 3 seeds, 2 learning rates: half an hour on two cores
+	$(BIN)/python recall_study.py
 
 test: $(VENV)/.installed  ## everything but the tests marked slow or gpu
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

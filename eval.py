@@ -35,8 +35,12 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     point_to_data(own, cfg)
     device = choose_device(cfg.accelerator)
     trained = load(folder, cfg.checkpoint, own, device)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    if cfg.lm_eval.tasks:
+        with precision:
+            return _run_harness(cfg, folder, trained, console)
     task: Task = instantiate(cfg.task) if cfg.get("task") else trained.task
-    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+    with precision:
         result = evaluate(
             trained.model, task, cfg.split, settings, trained_on=trained.task, console=console
         )
@@ -45,6 +49,29 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     path = folder.write_evaluation(name, result)
     console.print(f"{folder.path}, {trained.checkpoint.name}")
     print_table(result, console)
+    console.print(f"written to {path}")
+    return result
+
+
+def _run_harness(cfg: DictConfig, folder: Any, trained: Any, console: Any) -> dict[str, Any]:
+    """The tasks of lm-evaluation-harness, written to eval/lm_eval.json."""
+    from hydra.utils import instantiate
+
+    from evaluation.harness import print_harness, run_harness
+    from schema.errors import ConfigError
+    from tasks.text.task import LanguageModelling
+
+    if not isinstance(trained.task, LanguageModelling):
+        raise ConfigError(
+            f"lm_eval.tasks: the run was trained on {trained.task.name}, "
+            "which has no tokeniser to read a text with"
+        )
+    settings = instantiate(cfg.lm_eval, _convert_="all")
+    result = run_harness(trained.model, trained.task.store.tokenizer, settings)
+    result = {"checkpoint": trained.checkpoint.name, "note": trained.task.note, **result}
+    path = folder.write_evaluation("lm_eval", result)
+    console.print(f"{folder.path}, {trained.checkpoint.name}")
+    print_harness(result, console)
     console.print(f"written to {path}")
     return result
 

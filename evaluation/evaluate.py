@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from evaluation.chosen import chosen_slices
 from evaluation.cost import measure_cost
+from evaluation.limits import check_length
 from evaluation.progress import Show, bars
 from evaluation.recall import SliceScore, pooled, score_slice
 from evaluation.settings import Settings
-from evaluation.text import read_text, sample, score_text
+from evaluation.text import prompt_text, read_text, sample, score_text
 from models.interface import TokenModel
 from schema.errors import ConfigError
 from tasks.base import Split, Task
@@ -74,10 +76,15 @@ def _text(
         )
     trained_on.prepare()
     _check_vocabulary(model, trained_on)
-    text = read_text(task, split, trained_on)
+    text = read_text(task, split, trained_on, settings.ar_hits)
     result = score_text(model, text, settings, trained_on.seq_len, show)
     samples = sample(model, trained_on.store.tokenizer, settings)
-    return {**result, "prompt": settings.prompt or "", "samples": samples}
+    return {
+        **result,
+        "ar_hits": settings.ar_hits,
+        "prompt": prompt_text(settings),
+        "samples": samples,
+    }
 
 
 def _recall(
@@ -85,11 +92,13 @@ def _recall(
 ) -> dict[str, Any]:
     _check_vocabulary(model, task)
     task.prepare()
-    slices = list(task.slices(split).values())
+    slices = chosen_slices(task, split, settings)
+    for part in slices:
+        check_length(model, part.inputs.shape[1], f"slice {part.name}")
     scores = []
     with show("accuracy", len(slices)) as advance:
         for part in slices:
-            scores.append(score_slice(model, part, settings.batch_size * settings.chunk))
+            scores.append(score_slice(model, part, settings.batch_size, settings.chunk))
             advance(1)
     groups: dict[str, list[SliceScore]] = {}
     for part, score in zip(slices, scores, strict=True):
@@ -97,6 +106,7 @@ def _recall(
             groups.setdefault(group, []).append(score)
     return {
         "guess": task.guess,
+        "num_passes": settings.num_passes,
         "slices": [score.summary() for score in scores],
         "groups": [pooled(same, name).summary() for name, same in groups.items()],
         "all": pooled(scores).summary(),

@@ -10,8 +10,8 @@ class DocumentScore:
     """One document: its summed negative log-likelihood in nats and what that is divided by.
 
     `tokens` were predicted (all but the one the document starts with and a prefix that is only
-    read), `words` are the official
-    words, ends of lines included, `bytes` are of its text in UTF-8.
+    read), `words` are the official words, ends of lines included, `bytes` are of its text in
+    UTF-8. `hits` of the tokens, with `hit_nll` of the nats, are AR hits (evaluation/ar_hits.py).
     """
 
     title: str
@@ -19,6 +19,8 @@ class DocumentScore:
     tokens: int
     words: int
     bytes: int
+    hits: int = 0
+    hit_nll: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class TextScore:
 
     `window` (None: as long as each document) and `stride` are set for "windowed", `chunk` is set
     for "carried". With a `prefix` the first tokens of each document were read and not predicted.
+    `sliced` says that AR hits were looked for.
     """
 
     protocol: Literal["windowed", "carried"]
@@ -35,6 +38,7 @@ class TextScore:
     stride: int | None = None
     chunk: int | None = None
     prefix: int = 0
+    sliced: bool = False
 
     @property
     def nll(self) -> float:
@@ -57,6 +61,19 @@ class TextScore:
         return sum(document.bytes for document in self.documents)
 
     @property
+    def ar_slices(self) -> dict[str, dict[str, float | int | None]]:
+        """Tokens, nats and perplexity of AR hits and of all others; empty unless `sliced`."""
+        if not self.sliced:
+            return {}
+        hits = sum(document.hits for document in self.documents)
+        nll = math.fsum(document.hit_nll for document in self.documents)
+        parts = {"ar_hits": (hits, nll), "others": (self.tokens - hits, self.nll - nll)}
+        return {
+            name: {"tokens": n, "nll": x, "token_perplexity": _exp(x / n) if n else None}
+            for name, (n, x) in parts.items()
+        }
+
+    @property
     def context(self) -> str:
         """From how many tokens before it a token is predicted, where its document has them."""
         behind = f", behind a prefix of {self.prefix}" if self.prefix else ""
@@ -77,6 +94,7 @@ class TextScore:
             "tokens": self.tokens,
             "words": self.words,
             "bytes": self.bytes,
+            "ar_slices": self.ar_slices,
             **rates(self.nll, self.tokens, self.words, self.bytes, whole=self.prefix == 0),
         }
 

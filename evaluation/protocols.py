@@ -12,13 +12,18 @@ Rows of unlike length are padded at their ends, where a causal model cannot be r
 stands there, and a row whose document has ended leaves the batch: no pass needs document numbers.
 A leaky model, which would see the padding, gets none.
 
+With `earlier` the tokens whose pair the model has read before in what is before it now are also
+summed apart (evaluation/ar_hits.py).
+
 B rows, T time, D model width. Place i of a document of n + 1 ids stands for reading ids[i] and
 predicting ids[i + 1], i = 0..n-1; ids[0], which starts the document, is read and never predicted.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,12 +39,16 @@ FILLED = 0.75  # of a batch's longest row that every row has at least: a bound o
 
 
 class Span(NamedTuple):
-    """Places `begin`..`end` - 1 of a document are read, those from `counted` on are counted."""
+    """Places `begin`..`end` - 1 of a document are read, those from `counted` on are counted.
+
+    The model knows of places from `reach` on, None standing for `begin`.
+    """
 
     document: int
     begin: int
     counted: int
     end: int
+    reach: int | None = None
 
     @property
     def length(self) -> int:
@@ -56,6 +65,7 @@ def score_windowed(
     stride: int | None = None,
     prefix: int = 0,
     batch_size: int = 8,
+    earlier: Sequence[np.ndarray] | None = None,
     progress: Advance | None = None,
 ) -> TextScore:
     """Score every document in windows of `window` places that start `stride` apart.
@@ -71,6 +81,8 @@ def score_windowed(
             they would predict they may have seen, so that the first `prefix` tokens of a document
             are not scored.
         batch_size: windows per forward pass.
+        earlier: of every document, the place (n,) at which each of its pairs was last completed,
+            see ar_hits.earlier_places; None does not look for them.
         progress: is told after every pass how many more tokens have been counted.
 
     Raises:
@@ -96,16 +108,22 @@ def score_windowed(
         raise ValueError(f"prefix={prefix}: no document is longer, there is nothing to score")
     spans.sort(key=lambda span: -span.length)  # memory peaks in the first pass
     filled = 1.0 if model.causal == "leaky" else FILLED
-    sums = torch.zeros(len(lengths), dtype=torch.float64)
+    sums = _Sums.of(lengths, earlier)
     with evaluation_mode(model):
         for rows in _batches(spans, batch_size, filled):
-            batch = _collate(documents, rows)
+            batch = _collate(documents, rows, earlier)
             inputs = batch.inputs.to(model.head_weight.device)
             opened = inputs.new_full((len(rows),), prefix) if prefix else None
             h, _ = model.hidden(inputs, prefix_len=opened)
             _count(sums, model, h, batch, progress)
-    scores = _scores(documents, sums, prefix)
-    return TextScore("windowed", scores, window, None if window is None else step, prefix=prefix)
+    return TextScore(
+        "windowed",
+        _scores(documents, sums, prefix),
+        window,
+        None if window is None else step,
+        prefix=prefix,
+        sliced=earlier is not None,
+    )
 
 
 @torch.no_grad()
@@ -115,6 +133,7 @@ def score_carried(
     *,
     chunk: int = 512,
     batch_size: int = 8,
+    earlier: Sequence[np.ndarray] | None = None,
     progress: Advance | None = None,
 ) -> TextScore:
     """Score every document in chunks of `chunk` places, the states handed from chunk to chunk.
@@ -129,11 +148,12 @@ def score_carried(
     _check(batch_size=batch_size, chunk=chunk)
     side_by_side = 1 if model.causal == "leaky" else batch_size
     order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
-    sums = torch.zeros(len(lengths), dtype=torch.float64)
+    sums = _Sums.of(lengths, earlier)
     with evaluation_mode(model):
         for first in range(0, len(order), side_by_side):
             _carry(model, documents, order[first : first + side_by_side], chunk, sums, progress)
-    return TextScore("carried", _scores(documents, sums), chunk=chunk)
+    scores = _scores(documents, sums)
+    return TextScore("carried", scores, chunk=chunk, sliced=earlier is not None)
 
 
 def windows(
@@ -156,6 +176,22 @@ class _Batch(NamedTuple):
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T), IGNORED where a place is only read, and at padding
     documents: Tensor  # (B,)
+    hits: Tensor  # bool (B, T), where a pair comes up again that the model has read
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Nats (D,) of every document, in fp64, and nats and number of its AR hits."""
+
+    nll: Tensor
+    hit_nll: Tensor
+    hits: Tensor
+    earlier: Sequence[np.ndarray] | None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], earlier: Sequence[np.ndarray] | None) -> "_Sums":
+        nll, hit_nll, hits = torch.zeros(3, len(lengths), dtype=torch.float64)
+        return cls(nll, hit_nll, hits, earlier)
 
 
 def _carry(
@@ -163,7 +199,7 @@ def _carry(
     documents: Sequence[Document],
     group: Sequence[int],
     chunk: int,
-    sums: Tensor,
+    sums: _Sums,
     progress: Advance | None,
 ) -> None:
     """Read the documents `group`, longest first, to their ends."""
@@ -173,14 +209,15 @@ def _carry(
     alive = len(group)
     for begin in range(0, lengths[0], chunk):
         rows = [
-            Span(d, begin, begin, min(begin + chunk, n))
+            # all of the document before the chunk is in the states
+            Span(d, begin, begin, min(begin + chunk, n), reach=0)
             for d, n in zip(group, lengths, strict=True)
             if n > begin
         ]
         if len(rows) < alive:
             alive = len(rows)
             state = select_batch(state, torch.arange(alive, device=device))
-        batch = _collate(documents, rows)
+        batch = _collate(documents, rows, sums.earlier)
         h, state = model.hidden(batch.inputs.to(device), state, want_state=True)
         _count(sums, model, h, batch, progress)
 
@@ -196,20 +233,26 @@ def _batches(spans: Sequence[Span], batch_size: int, filled: float) -> Iterator[
     yield batch
 
 
-def _collate(documents: Sequence[Document], rows: Sequence[Span]) -> _Batch:
+def _collate(
+    documents: Sequence[Document], rows: Sequence[Span], earlier: Sequence[np.ndarray] | None
+) -> _Batch:
     """Spans as rows, padded at the end to the longest."""
     longest = max(span.length for span in rows)
     inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
     targets = torch.full_like(inputs, IGNORED)
+    hits = torch.zeros_like(inputs, dtype=torch.bool)
     for b, span in enumerate(rows):
         ids = torch.as_tensor(documents[span.document].ids[span.begin : span.end + 1])
         inputs[b, : span.length] = ids[:-1]
         targets[b, span.counted - span.begin : span.length] = ids[1 + span.counted - span.begin :]
-    return _Batch(inputs, targets, torch.tensor([span.document for span in rows]))
+        if earlier is not None:
+            places = torch.from_numpy(earlier[span.document][span.begin : span.end])
+            hits[b, : span.length] = places >= (span.begin if span.reach is None else span.reach)
+    return _Batch(inputs, targets, torch.tensor([span.document for span in rows]), hits)
 
 
 def _count(
-    sums: Tensor, model: TokenModel, h: Tensor, batch: _Batch, progress: Advance | None
+    sums: _Sums, model: TokenModel, h: Tensor, batch: _Batch, progress: Advance | None
 ) -> None:
     """Add the NLL of every counted place to its document; the head reads these places alone.
 
@@ -219,17 +262,26 @@ def _count(
     targets = batch.targets[chosen].to(h.device)
     nll = linear_nll(h[chosen.to(h.device)], model.head_weight, targets)
     owners = batch.documents[:, None].expand_as(chosen)[chosen]
-    sums.index_add_(0, owners, nll.cpu().double())
+    nats, hits = nll.cpu().double(), batch.hits[chosen].double()
+    sums.nll.index_add_(0, owners, nats)
+    if sums.earlier is not None:
+        sums.hit_nll.index_add_(0, owners, nats * hits)
+        sums.hits.index_add_(0, owners, hits)
     if progress is not None:
         progress(len(nll))
 
 
 def _scores(
-    documents: Sequence[Document], sums: Tensor, prefix: int = 0
+    documents: Sequence[Document], sums: _Sums, prefix: int = 0
 ) -> tuple[DocumentScore, ...]:
+    columns = zip(
+        documents, sums.nll.tolist(), sums.hits.tolist(), sums.hit_nll.tolist(), strict=True
+    )
     return tuple(
-        DocumentScore(d.title, nll, max(0, len(d.ids) - 1 - prefix), d.words, d.bytes)
-        for d, nll in zip(documents, sums.tolist(), strict=True)
+        DocumentScore(
+            d.title, nll, max(0, len(d.ids) - 1 - prefix), d.words, d.bytes, int(hits), hit_nll
+        )
+        for d, nll, hits, hit_nll in columns
     )
 
 

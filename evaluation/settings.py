@@ -1,5 +1,6 @@
 """What an evaluation can be told; conf/eval.yaml has the same keys under `eval`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,15 @@ class Settings:
         prompt: text that each sample continues; None starts a document.
         max_new_tokens, temperature, top_k, top_p: of the samples, see models/generation.py.
         seed: of the samples.
+        question: text that follows the prompt, behind a space.
+        num_passes: how often what there is to know is shown before it is asked for (JRT-Prompt,
+            Arora et al. 2024, "Just read twice"): the context of a recall example, or the prompt,
+            which then stands between two questions. Perplexity is not concerned.
+        lengths: of recall examples: every test slice again, at these values of seq_len.
+        slices: names of the recall slices to score; None is all.
+        ar_hits: of text: tokens that complete a pair of tokens already read, which occurs fewer
+            times than this in training, are also scored apart (Zoology, Arora et al. 2023);
+            None does not.
         cost: measure speed and count parameters, FLOPs and state bytes.
 
     Raises:
@@ -47,6 +57,11 @@ class Settings:
     top_p: float | None = None
     seed: int = 0
     cost: bool = True
+    question: str | None = None
+    num_passes: int = 1
+    lengths: Sequence[int] | None = None
+    slices: Sequence[str] | None = None
+    ar_hits: int | None = None
 
     def __post_init__(self) -> None:
         if self.protocol not in (*PROTOCOLS, "both"):
@@ -57,12 +72,21 @@ class Settings:
             raise ConfigError(
                 f"eval.window={self.window}: allowed: train, document or a number of at least 1"
             )
-        for name, least in (("chunk", 1), ("batch_size", 1), ("max_new_tokens", 1), ("samples", 0)):
+        for name, least in (
+            ("chunk", 1),
+            ("batch_size", 1),
+            ("max_new_tokens", 1),
+            ("samples", 0),
+            ("num_passes", 1),
+        ):
             if not _at_least(getattr(self, name), least):
                 raise ConfigError(
                     f"eval.{name}={getattr(self, name)}: expected a number of at least {least}"
                 )
-        for name in ("stride", "top_k"):
+        for length in self.lengths or ():
+            if not _at_least(length, 1):
+                raise ConfigError(f"eval.lengths={length}: expected numbers of at least 1")
+        for name in ("stride", "top_k", "ar_hits"):
             if getattr(self, name) is not None and not _at_least(getattr(self, name), 1):
                 raise ConfigError(
                     f"eval.{name}={getattr(self, name)}: expected null or a number of at least 1"
@@ -72,6 +96,8 @@ class Settings:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        if self.question is not None and self.prompt is None:
+            raise ConfigError("eval.question without eval.prompt: give what it is asked about")
         if self.stride is not None and self.window == "document":
             raise ConfigError(
                 f"eval.stride={self.stride} with eval.window=document: a document is one window; "

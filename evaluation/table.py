@@ -34,6 +34,10 @@ def _text_table(result: dict[str, Any]) -> Table:
         table.add_column(name + leaky, justify="right")
     for name, score in result["protocols"].items():
         table.add_row(name, score["context"], *_rates(score))
+        for part, figures in score["ar_slices"].items():
+            count = f"{figures['tokens']:,} tokens"
+            perplexity = _perplexity(figures["token_perplexity"])
+            table.add_row(f"  {part.replace('_', ' ')}", count, perplexity, "-", "-")
     table.add_row("unigram", "none", *_rates(result["unigram"]), style="dim")
     table.caption = (
         f"{sizes['documents']:,} documents, {sizes['tokens']:,} tokens, {sizes['bytes']:,} bytes\n"
@@ -68,7 +72,7 @@ def _recall_table(result: dict[str, Any]) -> Table:
     table = _table(_title(result))
     leaky = " (leaky)" if result["model"]["causal"] == "leaky" else ""
     table.add_column("slice")
-    for name in ("accuracy" + leaky, "95% interval", "exact", "chance", "sequences"):
+    for name in ("accuracy" + leaky, "95% interval", "exact", "chance", "state", "sequences"):
         table.add_column(name, justify="right")
     for row in [*result["slices"], *result["groups"], result["all"]]:
         low, high = row["sequence_accuracy_interval"]
@@ -78,11 +82,12 @@ def _recall_table(result: dict[str, Any]) -> Table:
             f"{low:.3f}-{high:.3f}",
             f"{row['exact_accuracy']:.3f}",
             f"{row['chance']:.3f}",
+            f"{_short(row['state_bytes'])}B",
             f"{row['sequences']:,}",
         )
     table.caption = (
         "accuracy: mean over sequences of the share of labelled positions that are right\n"
-        "exact: sequences without a wrong position\n"
+        "exact: sequences without a wrong position; state: bytes held of one sequence\n"
         f"chance: of {result['guess']}; of naming any possible answer "
         f"{result['all']['chance_of_vocabulary']:.3f}"
     )
@@ -104,6 +109,13 @@ def _remarks(result: dict[str, Any]) -> list[str]:
                 f"directions where a mixer can, and the first {score['prefix']} tokens of every "
                 f"document are not scored; compare with models under eval.prefix={score['prefix']}"
             )
+    if result.get("ar_hits"):
+        remarks.append(
+            "ar hits: tokens that complete a pair already read in the same context, which "
+            f"training shows fewer than {result['ar_hits']:,} times"
+        )
+    if result.get("num_passes", 1) > 1:
+        remarks.append(f"what there is to know is shown {result['num_passes']} times (JRT-Prompt)")
     if result.get("text", {}).get("oov_rate"):
         remarks.append(
             f"{result['text']['oov_rate']:.2%} of the tokens stand for words outside the "

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaluation.ar_hits import earlier_places
+from evaluation.limits import check_length
 from evaluation.perplexity import TextScore, rates
 from evaluation.progress import Advance, Show
 from evaluation.protocols import score_carried, score_windowed
@@ -30,13 +32,15 @@ class Text:
     """The documents of a split as the model's tokeniser encodes them.
 
     `oov_rate` is the share of tokens that stand for words outside the vocabulary, `unigram` the
-    nats of every document under the token frequencies of the model's training split.
+    nats of every document under the token frequencies of the model's training split, `earlier` the
+    rare pairs that come up again (evaluation/ar_hits.py), where these are asked for.
     """
 
     documents: Sequence[Document]
     unigram: np.ndarray
     oov_rate: float
     official_words: int | None
+    earlier: Sequence[np.ndarray] | None = None
 
     def facts(self) -> dict[str, Any]:
         """Sizes, and a hash by which two evaluations know that they scored the same tokens."""
@@ -54,7 +58,12 @@ class Text:
         }
 
 
-def read_text(task: LanguageModelling, split: Split, trained_on: LanguageModelling) -> Text:
+def read_text(
+    task: LanguageModelling,
+    split: Split,
+    trained_on: LanguageModelling,
+    ar_hits: int | None = None,
+) -> Text:
     """The documents of `task`, encoded by the tokeniser of `trained_on`, which is prepared.
 
     Only the split that is scored is read of a task the model was not trained on.
@@ -68,8 +77,12 @@ def read_text(task: LanguageModelling, split: Split, trained_on: LanguageModelli
     else:
         documents, oov_rate = _encode(task.corpus, split, trained_on.store.tokenizer)
     train = trained_on.store["train"]
-    unigram = unigram_nll(train, documents, trained_on.vocab_size)  # type: ignore[arg-type]
-    return Text(documents, unigram, oov_rate, task.corpus.official_words.get(split))
+    vocab_size = trained_on.vocab_size
+    unigram = unigram_nll(train, documents, vocab_size)  # type: ignore[arg-type]
+    earlier = ar_hits and earlier_places(documents, train.tokens, vocab_size, ar_hits)
+    return Text(
+        documents, unigram, oov_rate, task.corpus.official_words.get(split), earlier or None
+    )
 
 
 def score_text(
@@ -115,8 +128,10 @@ def sample(model: TokenModel, tokenizer: Tokenizer, settings: Settings) -> list[
     if settings.samples == 0:
         return []
     prompt = np.array([tokenizer.bos])
-    if settings.prompt:
-        prompt = np.append(prompt, tokenizer.encode_batch([settings.prompt])[0])
+    text = prompt_text(settings)
+    if text:
+        prompt = np.append(prompt, tokenizer.encode_batch([text])[0])
+    check_length(model, len(prompt) + settings.max_new_tokens, "eval.prompt and its continuation")
     rows = settings.samples if settings.temperature > 0 else 1
     device = model.head_weight.device
     new = generate(
@@ -132,6 +147,19 @@ def sample(model: TokenModel, tokenizer: Tokenizer, settings: Settings) -> list[
     return [tokenizer.decode(row) for row in new.cpu().numpy()]
 
 
+def prompt_text(settings: Settings) -> str:
+    """The prompt, shown `num_passes` times; a question stands behind it, and before it if repeated.
+
+    Of a document D and a question Q that is D Q, or Q D D Q as in JRT-Prompt.
+    """
+    document, question = settings.prompt or "", settings.question
+    if question is None:
+        return "\n".join([document] * settings.num_passes)
+    if settings.num_passes == 1:
+        return f"{document} {question}"
+    return f"{question} " + "\n".join([document] * settings.num_passes) + f" {question}"
+
+
 def _score(
     model: TokenModel,
     text: Text,
@@ -140,7 +168,11 @@ def _score(
     train_length: int,
     progress: Advance,
 ) -> TextScore:
-    shared = {"batch_size": settings.batch_size, "progress": progress}
+    shared = {
+        "batch_size": settings.batch_size,
+        "earlier": text.earlier,
+        "progress": progress,
+    }
     if protocol == "carried":
         return score_carried(model, text.documents, chunk=settings.chunk, **shared)
     window = settings.window

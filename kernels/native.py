@@ -32,6 +32,11 @@ def switched_off() -> bool:
     return os.environ.get(SWITCH, "") not in ("", "0")
 
 
+def has_compiler() -> bool:
+    """Whether C++ forms are switched on and a compiler is there."""
+    return not switched_off() and _compiler() is not None
+
+
 def library(source: Path) -> ctypes.CDLL:
     """The library built from `source` and the headers beside it.
 
@@ -57,7 +62,7 @@ def library_or_none(source: Path) -> ctypes.CDLL | None:
 
 @cache
 def _library(source: Path) -> ctypes.CDLL:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = _compiler()
     if compiler is None:
         raise BackendError(
             f"backend='cpp' needs a C++ compiler: {os.environ.get('CXX', 'c++')!r} is not there; "
@@ -74,14 +79,19 @@ def _library(source: Path) -> ctypes.CDLL:
         raise BackendError(f"backend='cpp': {target} does not load: {error}") from error
 
 
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
 def _compile(compiler: str, source: Path, target: Path) -> None:
     print(f"compiling {source.name} once, some seconds, into {target}", file=sys.stderr, flush=True)
     unfinished = target.with_suffix(f".{os.getpid()}")
     command = [compiler, *FLAGS, str(source), "-o", str(unfinished)]
+    english = os.environ | {"LC_ALL": "C"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=english)
         if done.returncode:
-            first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
+            first = next((x for x in done.stderr.splitlines() if "error:" in x), "no message")
             raise BackendError(f"backend='cpp': {compiler} fails on {source.name}: {first.strip()}")
         os.replace(unfinished, target)  # a library is there as a whole or not at all
     except (OSError, subprocess.TimeoutExpired) as error:

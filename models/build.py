@@ -1,16 +1,14 @@
 """A language model from a composed configuration."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig
 from torch import nn
 
 from layers.mixer import Mixer
 from layers.projection import Dense, Projection
+from models.construct import construct, locate
 from models.interface import TokenModel
 from models.language_model import LanguageModel
 
@@ -27,54 +25,52 @@ def pattern_over_depth(pattern: str | Sequence[str], num_layers: int) -> list[st
     return [names[i % len(names)] for i in range(num_layers)]
 
 
-def build_model(cfg: DictConfig, vocab_size: int) -> TokenModel:
+def build_model(cfg: Mapping[str, Any], vocab_size: int) -> TokenModel:
     """The model that `cfg` describes, initialised from torch's global generator.
 
     Reads the nodes model, pattern, mixers, channel_mixer, norm, projection, projection_in,
-    extra_tokens and memory, without which there is none.
+    extra_tokens and memory, without which there is none. They may be OmegaConf's or plain.
 
     Raises:
         ValueError: an option that the model or one of its layers does not allow.
     """
-    size = cfg.model
-    chosen: Projection = instantiate(cfg.projection)
-    for_mixers = chosen if cfg.projection_in in ("all", "mixers") else Dense
-    for_channels = chosen if cfg.projection_in in ("all", "channel_mixers") else Dense
-    names = pattern_over_depth(cfg.pattern, size.num_layers)
-    mixers: list[Mixer] = [_layer(f"mixers.{n}", cfg.mixers[n], for_mixers) for n in names]
-    channel_mixers = [_layer("channel_mixer", cfg.channel_mixer, for_channels) for _ in names]
-    norm: Callable[[int], nn.Module] = instantiate(cfg.norm)
+    size = cfg["model"]
+    chosen: Projection = construct(cfg["projection"])
+    for_mixers = chosen if cfg["projection_in"] in ("all", "mixers") else Dense
+    for_channels = chosen if cfg["projection_in"] in ("all", "channel_mixers") else Dense
+    names = pattern_over_depth(cfg["pattern"], size["num_layers"])
+    mixers: list[Mixer] = [_layer(f"mixers.{n}", cfg["mixers"][n], for_mixers) for n in names]
+    channel_mixers = [_layer("channel_mixer", cfg["channel_mixer"], for_channels) for _ in names]
+    norm: Callable[[int], nn.Module] = construct(cfg["norm"])
     model = LanguageModel(
         vocab_size,
-        size.d_model,
+        size["d_model"],
         mixers,
         channel_mixers,
         norm,
-        tie_embeddings=size.tie_embeddings,
-        dropout=size.dropout,
-        embedding_dropout=size.embedding_dropout,
-        extra_tokens=cfg.extra_tokens,
+        tie_embeddings=size["tie_embeddings"],
+        dropout=size["dropout"],
+        embedding_dropout=size["embedding_dropout"],
+        extra_tokens=cfg["extra_tokens"],
     )
-    memory = cfg.get("memory")
-    if memory is None or memory.get("_target_") is None:
+    memory = construct(cfg.get("memory"))
+    if memory is None:
         return model
     try:
-        return instantiate(memory)(model)
+        return memory(model)
     except ValueError as error:
         raise ValueError(f"memory: {error}") from error
 
 
-def _layer(key: str, node: DictConfig, projection: Projection) -> Any:
+def _layer(key: str, node: Mapping[str, Any], projection: Projection) -> Any:
     """One layer, handed `projection` if it makes dense projections; None for `_target_: null`.
 
     What the layer does not allow is told with the `key` of its node.
     """
     if node.get("_target_") is None:
         return None
-    takes = inspect.signature(get_class(node._target_)).parameters
+    takes = inspect.signature(locate(node["_target_"])).parameters
     try:
-        return instantiate(node, **({"projection": projection} if "projection" in takes else {}))
-    except InstantiationException as error:
-        if isinstance(error.__cause__, (ValueError, TypeError)):
-            raise ValueError(f"{key}: {error.__cause__}") from error
-        raise
+        return construct(node, **({"projection": projection} if "projection" in takes else {}))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key}: {error}") from error

@@ -3,7 +3,7 @@
 B batch, T prompt length, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_token: int | None = None,
+    stop: Callable[[Tensor], Tensor] | None = None,
     segments: Tensor | None = None,
     prefix_len: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -43,6 +44,8 @@ def generate(
             (nucleus sampling, Holtzman et al. 2020, section 3.1); after `top_k`.
         stop_token: a row that has emitted it is finished and repeats it. Decoding ends when every
             row is finished.
+        stop: which rows are finished, bool (B,), judged by their new tokens (B, N) after each; what
+            such a row emits from then on means nothing.
         segments: int (B, T) document numbers of the prompt, -1 for padding, on either side; the
             last document of each row is continued.
         prefix_len: int (B,) leading positions read in both directions by a prefix model.
@@ -75,7 +78,9 @@ def generate(
                 token = torch.where(finished, stop_token, token)
                 finished = token == stop_token
             new.append(token)
-            if len(new) == max_new_tokens or (stop_token is not None and finished.all()):
+            if stop is not None:
+                finished = finished | stop(torch.stack(new, dim=1)).to(finished.device)
+            if len(new) == max_new_tokens or bool(finished.all()):
                 return torch.stack(new, dim=1)
             h, state = model.hidden(token[:, None], state, want_state=True)
             h = h[:, 0]

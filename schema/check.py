@@ -36,8 +36,9 @@ def check(cfg: DictConfig, config_name: str = "config") -> None:
         with _named("task"):
             instantiate(cfg.task)
     if config_name == "eval":
-        with _named("eval"):
-            instantiate(cfg.eval)
+        for key in ("eval", "lm_eval"):
+            with _named(key):
+                instantiate(cfg[key])
     elif config_name == "config":
         check_pattern(values["pattern"], values["mixers"])
         _check_depth(values["pattern"], values["model"]["num_layers"])
@@ -60,6 +61,8 @@ def check_here(cfg: DictConfig) -> None:
     if cfg.get("task") is not None and cfg.get("resume") is None and cfg.get("run") is None:
         with _named("task"):
             instantiate(cfg.task).check()
+    if "accelerator" not in cfg and "trainer" not in cfg:
+        return
     machine, key = (cfg, "") if "accelerator" in cfg else (cfg.trainer, "trainer.")
     if machine.accelerator == "gpu":
         found = torch.accelerator.device_count()

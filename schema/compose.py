@@ -88,8 +88,14 @@ def _without_hydra(cfg: DictConfig) -> DictConfig:
 @contextmanager
 def _initialised() -> Iterator[ConfigLoader]:
     register_mixers()
-    with hydra.initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-        yield GlobalHydra.instance().config_loader()
+    # A command that composes further configurations runs inside a Hydra of its own.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:

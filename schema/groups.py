@@ -98,6 +98,7 @@ class Eval:
     checkpoint: str
     split: Literal["validation", "test"]
     eval: Node
+    lm_eval: Node
     data: Data
     accelerator: Accelerator
     precision: Precision
@@ -128,4 +129,54 @@ class Bench:
     out: str | None
 
 
-SCHEMAS: dict[str, type] = {"config": Train, "eval": Eval, "bench": Bench}
+@dataclass
+class Export:
+    """conf/export.yaml: what export.py takes."""
+
+    run: str
+    to: str
+    checkpoint: str
+    data: Data
+
+
+@dataclass
+class StudyPlan:
+    """conf/study/<name>.yaml; see evaluation.study.Plan."""
+
+    common: list[str]
+    arms: dict[str, list[str]]
+    lrs: list[Annotated[float, Between(0)]]
+    seeds: list[Count]
+    columns: list[str]
+
+
+@dataclass
+class RecallStudy:
+    """conf/recall_study.yaml: what recall_study.py takes."""
+
+    study: StudyPlan
+    out: str
+    jobs: Positive
+
+
+@dataclass
+class Compare:
+    """conf/compare.yaml: what compare.py takes; see analysis.sections.Settings."""
+
+    runs: str | list[str]
+    metric: str | None
+    protocol: Literal["windowed", "carried"]
+    baseline: str | None
+    tuned: list[str]
+    interval: Literal["t", "bootstrap"]
+    out: str | None
+
+
+SCHEMAS: dict[str, type] = {
+    "config": Train,
+    "eval": Eval,
+    "bench": Bench,
+    "compare": Compare,
+    "export": Export,
+    "recall_study": RecallStudy,
+}

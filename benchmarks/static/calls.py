@@ -75,6 +75,14 @@ def linear_recurrence_complex() -> Any:
     return kernels.linear_recurrence(a, b, backend="triton").real
 
 
+def selective_scan() -> Any:
+    """B1 D32 N16 L128, with skip and gate as in Mamba."""
+    u, delta, z = (_random(1, 32, 128) for _ in range(3))
+    A, B, C = _random(32, 16, dtype=torch.float32), _random(1, 16, 128), _random(1, 16, 128)
+    D, bias = (_random(32, dtype=torch.float32) for _ in range(2))
+    return kernels.selective_scan(u, delta, A, B, C, D, z, bias, True, backend="triton")
+
+
 # What to call, by name: that of the operator, and what is special about it.
 CALLS: dict[str, Callable[[], Any]] = {
     call.__name__: call
@@ -86,6 +94,7 @@ CALLS: dict[str, Callable[[], Any]] = {
         linear_cross_entropy,
         monarch,
         ssd,
+        selective_scan,
         linear_recurrence,
         linear_recurrence_complex,
     )

@@ -14,6 +14,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
     torch.bool: "i1",
 }
 ALIGNED = [["tt.divisibility", 16]]

@@ -3,14 +3,20 @@
 from torch import Tensor
 
 from kernels.attention.flops import attention_flops
+from kernels.attention.op import attention_op
 from kernels.attention.reference import attention_reference
 from kernels.attention.sdpa import attention_torch
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
+from kernels.precision import accumulation_dtype
 
 __all__ = ["attention", "attention_flops"]
 
-_FORMS = {"torch": attention_torch, "reference": attention_reference}
+_FORMS = {
+    "triton": attention_op,
+    "torch": attention_torch,
+    "reference": attention_reference,
+}
 
 
 def attention(
@@ -41,7 +47,7 @@ def attention(
         segments: int (B, S) document numbers of the keys' positions, the last T of them the
             queries', non-decreasing over the valid positions; a query sees its own document only.
             -1 is padding: seen by no valid query, its own output finite and otherwise unspecified.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         (B, T, H, D) in the dtype of q.
@@ -51,7 +57,7 @@ def attention(
         BackendError: no such backend.
     """
     _check(q, k, v, causal, window, segments)
-    form = choose("attention", backend, _FORMS, q.device)
+    form = choose("attention", backend, _FORMS, q.device, accumulation_dtype(q, k, v))
     return form(q, k, v, causal=causal, window=window, scale=scale, segments=segments)
 
 

@@ -4,17 +4,20 @@ from torch import Tensor
 
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
+from kernels.precision import accumulation_dtype
 from kernels.selective_scan.flops import selective_scan_flops
 from kernels.selective_scan.op import (
     selective_scan_auto,
     selective_scan_cpp,
     selective_scan_torch,
+    selective_scan_triton,
 )
 from kernels.selective_scan.reference import selective_scan_reference
 
 __all__ = ["selective_scan", "selective_scan_flops"]
 
 _FORMS = {
+    "triton": selective_scan_triton,
     "auto": selective_scan_auto,
     "cpp": selective_scan_cpp,
     "torch": selective_scan_torch,
@@ -69,10 +72,10 @@ def selective_scan(
         segments: int (B, L) document numbers, non-decreasing over the valid positions; h starts
             at zero in each document. -1 is padding: a step of size zero, which leaves h alone;
             its output is finite and otherwise unspecified.
-        backend: "cpp" (on the CPU; compiled on first use, see kernels.native), "torch" (tiles of
-            steps), "reference" (the loop), or "auto": "cpp" where a compiler is there, else
-            "torch" and, on a CPU, one warning. A single step without gradients is the same
-            few torch calls in all but the reference.
+        backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch"
+            (tiles of steps), "reference" (the loop), or "auto": "triton" on a GPU, on a CPU "cpp"
+            where a compiler is there, else "torch" and one warning. A single step without
+            gradients is the same few torch calls in all but the reference.
 
     Returns:
         y (B, D, L) in the dtype of u, and if asked for the state (B, D, N) after each row's last
@@ -83,7 +86,7 @@ def selective_scan(
         BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, segments)
-    form = choose("selective_scan", backend, _FORMS, u.device)
+    form = choose("selective_scan", backend, _FORMS, u.device, accumulation_dtype(u, delta))
     y, last = form(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
     return (y, last) if return_last_state else y
 

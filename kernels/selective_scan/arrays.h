@@ -38,7 +38,9 @@ void load_from(const Array& array, const Piece& at, T* out, int64_t pitch) {
       Vec<T> square[W];
       for (int i = 0; i < W; ++i) {
         alignas(64) T row[W];
-        for (int j = 0; j < W; ++j) row[j] = convert<T>(p[i * array.row + t + j]);
+        const S* from = p + i * array.row + t;
+        for (int j = 0; j < W; ++j) row[j] = convert<T>(from[j]);
+        __builtin_prefetch(from + at.steps);  // rows are far apart: no prefetcher sees the next
         std::memcpy(&square[i], row, 64);
       }
       transpose<T>(square);
@@ -50,18 +52,19 @@ void load_from(const Array& array, const Piece& at, T* out, int64_t pitch) {
       out[t * pitch + i] = i < at.rows ? convert<T>(p[i * array.row + t * array.time]) : T(0);
 }
 
+// From vectors `pitch` apart.
 template <class T, class S>
-void store_to(const Array& array, const Piece& at, const Vec<T>* in) {
+void store_to(const Array& array, const Piece& at, const Vec<T>* in, int64_t pitch) {
   constexpr int W = WIDTH<T>;
   S* p = address<S>(array, at);
   int t = 0;
   if (at.rows == W && array.row == 1) {
     for (; t < at.steps; ++t)
-      for (int i = 0; i < W; ++i) p[t * array.time + i] = convert<S>(in[t][i]);
+      for (int i = 0; i < W; ++i) p[t * array.time + i] = convert<S>(in[t * pitch][i]);
   } else if (at.rows == W && array.time == 1) {
     for (; t + W <= at.steps; t += W) {
       Vec<T> square[W];
-      for (int j = 0; j < W; ++j) square[j] = in[t + j];
+      for (int j = 0; j < W; ++j) square[j] = in[(t + j) * pitch];
       transpose<T>(square);
       for (int i = 0; i < W; ++i) {
         alignas(64) T row[W];
@@ -71,7 +74,7 @@ void store_to(const Array& array, const Piece& at, const Vec<T>* in) {
     }
   }
   for (; t < at.steps; ++t)
-    for (int i = 0; i < at.rows; ++i) p[i * array.row + t * array.time] = convert<S>(in[t][i]);
+    for (int i = 0; i < at.rows; ++i) p[i * array.row + t * array.time] = convert<S>(in[t * pitch][i]);
 }
 
 template <class T>
@@ -84,15 +87,10 @@ void load(const Array& array, const Piece& at, T* out, int64_t pitch) {
 }
 
 template <class T>
-void load(const Array& array, const Piece& at, Vec<T>* out) {
-  load<T>(array, at, reinterpret_cast<T*>(out), WIDTH<T>);
-}
-
-template <class T>
-void store(const Array& array, const Piece& at, const Vec<T>* in) {
+void store(const Array& array, const Piece& at, const Vec<T>* in, int64_t pitch) {
   switch (array.dtype) {
-    case FLOAT32: return store_to<T, float>(array, at, in);
-    case FLOAT64: return store_to<T, double>(array, at, in);
-    case BFLOAT16: return store_to<T, bf16>(array, at, in);
+    case FLOAT32: return store_to<T, float>(array, at, in, pitch);
+    case FLOAT64: return store_to<T, double>(array, at, in, pitch);
+    case BFLOAT16: return store_to<T, bf16>(array, at, in, pitch);
   }
 }

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import native
 from kernels.selective_scan.chunked import Gradients, new_gradients
 from kernels.selective_scan.tiles import STEPS, Scan
 
@@ -84,19 +83,17 @@ class _Call:
         self._pointer(name, made)
         return made
 
-    def run(self, function: str) -> None:
+    def run(self, function: str) -> int:
         """`function` in the dtype of states."""
         bits = 8 * self.dtype.itemsize
-        getattr(self.library, f"{function}{bits}")(ctypes.byref(self.problem))
+        return getattr(self.library, f"{function}{bits}")(ctypes.byref(self.problem))
 
     def _pointer(self, name: str, tensor: Tensor) -> None:
         setattr(self.problem, name, tensor.data_ptr())
         self.held.append(tensor)
 
 
-def forward(
-    library: ctypes.CDLL, scan: Scan, keep_states: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(library: ctypes.CDLL, scan: Scan, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As chunked.forward, with the same states in front of the same tiles."""
     (batch, channels, _), N = scan.u.shape, scan.A.shape[1]
     call = _Call(library, scan)
@@ -132,7 +129,7 @@ def backward(
     call.states("kept", states)
     call.states("grad_last", grad_last)
     initial = call.result("grad_initial", batch, channels, N)
-    chunks = -(-channels // groups // library.chunk_channels())
+    chunks = call.run("chunks")
     parts = {
         "A": call.result("parts_A", batch, channels, N),
         "D": call.result("parts_D", batch, channels),

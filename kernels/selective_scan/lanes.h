@@ -32,34 +32,45 @@ inline V all(double x) {
   return V{} + static_cast<std::remove_reference_t<decltype(V{}[0])>>(x);
 }
 
-// 2^(x y): relative error below 1.5e-7 plus that of rounding x and y to float; 0 below 2^-126,
-// infinity from 2^127.5 on, NaN stays NaN. 2^0 is exactly 1.
-inline Vec<float> exp2_product(Vec<float> x, Vec<float> y) {
+// out[k] = 2^(x[k] y[k]): relative error below 1.5e-7 plus that of rounding x and y to float; 0 below
+// 2^-126, infinity from 2^127.5 on, NaN stays NaN. 2^0 is exactly 1. Several at once keep the
+// processor busy, which would wait for one chain of operations.
+template <int K>
+inline void exp2_products(const Vec<float>* x, const Vec<float>* y, Vec<float>* out) {
   using V = Vec<float>;
   using I = Simd<float>::I;
   // Adding this rounds to an integer n and leaves n + 127, the exponent's bits, in the low bits.
   constexpr float ROUND = 12582912 + 127;
-  V shifted = x * y + ROUND;
-  shifted = shifted > ROUND + 128 ? all<V>(ROUND + 128) : shifted;
-  const V r = x * y - (shifted - ROUND);  // one rounding: within [-0.5, 0.5]
-  V p = 1.3264723820611835e-3f * r + 9.671512991189957e-3f;
-  p = p * r + 5.550733581185341e-2f;
-  p = p * r + 2.4022242426872253e-1f;
-  p = p * r + 6.931470036506653e-1f;
-  p = p * r + 1.0f;
-  const V power = p * reinterpret_cast<V>(reinterpret_cast<I>(shifted) << 23);
-  return shifted < ROUND - 126 ? V{} : power;
+  V n[K], r[K], p[K];
+  for (int k = 0; k < K; ++k) n[k] = x[k] * y[k] + ROUND;
+  for (int k = 0; k < K; ++k) n[k] = n[k] > ROUND + 128 ? all<V>(ROUND + 128) : n[k];
+  for (int k = 0; k < K; ++k) r[k] = x[k] * y[k] - (n[k] - ROUND);  // rounded once; in [-0.5, 0.5]
+  for (int k = 0; k < K; ++k) p[k] = 1.3264723820611835e-3f * r[k] + 9.671512991189957e-3f;
+  for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 5.550733581185341e-2f;
+  for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 2.4022242426872253e-1f;
+  for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 6.931470036506653e-1f;
+  for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 1.0f;
+  for (int k = 0; k < K; ++k) p[k] *= reinterpret_cast<V>(reinterpret_cast<I>(n[k]) << 23);
+  for (int k = 0; k < K; ++k) out[k] = n[k] < ROUND - 126 ? V{} : p[k];
 }
 
-inline Vec<double> exp2_product(Vec<double> x, Vec<double> y) {
-  Vec<double> z = x * y;
-  for (int i = 0; i < WIDTH<double>; ++i) z[i] = std::exp2(z[i]);
-  return z;
+template <int K>
+inline void exp2_products(const Vec<double>* x, const Vec<double>* y, Vec<double>* out) {
+  for (int k = 0; k < K; ++k)
+    for (int i = 0; i < WIDTH<double>; ++i) out[k][i] = std::exp2(x[k][i] * y[k][i]);
+}
+
+template <class V>
+inline V exp(V x) {
+  const V log2e = all<V>(LOG2E);
+  V y;
+  exp2_products<1>(&x, &log2e, &y);
+  return y;
 }
 
 template <class V>
 inline V sigmoid(V x) {
-  return 1 / (1 + exp2_product(-x, all<V>(LOG2E)));
+  return 1 / (1 + exp(-x));
 }
 
 // log(1 + e) for 0 <= e <= 1 as 2 atanh(e / (2 + e)): relative error below 1e-7.
@@ -79,7 +90,7 @@ inline Vec<double> log1p_unit(Vec<double> e) {
 template <class V>
 inline V softplus(V x) {
   const V positive = x > 0 ? x : V{}, size = x > 0 ? x : -x;
-  const V smooth = positive + log1p_unit(exp2_product(-size, all<V>(LOG2E)));
+  const V smooth = positive + log1p_unit(exp(-size));
   return x > LINEAR_FROM ? x : smooth;
 }
 

@@ -1,7 +1,8 @@
 """The selective scan as a torch operator: one call for compilers, one node for autograd.
 
-The operator's `form` says what computes it: "torch" (tiles), "cpp", or "auto", which is C++ on a
-CPU where it can be compiled. All forms keep the same states for the backward pass.
+The operator's `form` says what computes it: "torch" (tiles), "triton", "cpp", or "auto", which is
+C++ on a CPU where it can be compiled. All keep states for the backward pass, Triton's
+further apart.
 
 B batch, D channels, L time, N state, G groups.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import native
-from kernels.dispatch import BackendError
+from kernels.dispatch import BackendError, implementation
 from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.selective_scan import chunked, cpp
 from kernels.selective_scan.flops import selective_scan_backward_flops, selective_scan_flops
@@ -41,6 +42,8 @@ def _forward(
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
+    if form == "triton":
+        return implementation(__package__, form).forward(scan, keep_states)
     library = _library(form, u.device)
     if library is None:
         return chunked.forward(scan, keep_states)
@@ -54,7 +57,8 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial, segments, ke
     last = u.new_empty(batch, channels, N, dtype=dtype)
     if not keep_states:
         return torch.empty_like(u), last, u.new_empty(0, dtype=dtype)
-    tiles = -(-length // STEPS)
+    steps = implementation(__package__, form).STEPS if form == "triton" else STEPS
+    tiles = -(-length // steps)
     return torch.empty_like(u), last, u.new_empty(tiles, batch, N, channels, dtype=dtype)
 
 
@@ -78,6 +82,8 @@ def _backward(
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
+    if form == "triton":
+        return implementation(__package__, form).backward(scan, states, grad_y, grad_last)
     library = _library(form, u.device)
     if library is None:
         return chunked.backward(scan, states, grad_y, grad_last)
@@ -192,7 +198,7 @@ def _scan(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """selective_scan_reference by `form`, or as a single step where there is no gradient to keep."""
+    """The scan by `form`, or as a single step where there is no gradient to keep."""
     if B.ndim == 3:
         B, C = B[:, None], C[:, None]
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -204,6 +210,6 @@ def _scan(
     return y, last
 
 
-selective_scan_auto, selective_scan_torch, selective_scan_cpp = (
-    partial(_scan, form) for form in ("auto", "torch", "cpp")
+selective_scan_auto, selective_scan_torch, selective_scan_cpp, selective_scan_triton = (
+    partial(_scan, form) for form in ("auto", "torch", "cpp", "triton")
 )

@@ -41,6 +41,11 @@ class AssociativeConfig(Difficulty):
             raise ConfigError(f"seq_len={self.seq_len}: expected an odd number of at least 3")
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - 1
+
+    @property
     def chance(self) -> float:
         """See Difficulty: the pair guessed is the one asked for, has its key, or its value."""
         half, pairs = self.vocab_size // 2, self.seq_len // 2

@@ -51,6 +51,11 @@ class CGramConfig(Difficulty):
         object.__setattr__(self, "vocab_size", self.num_symbols + 1)
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - self.c
+
+    @property
     def chance(self) -> float:
         """See Difficulty; as if what follows the gram were unlike what stands elsewhere."""
         right = 1 / (self.seq_len - self.c)

@@ -71,6 +71,11 @@ class CompositionalConfig(Difficulty):
         return self.vocab_size // 3, 2 * self.vocab_size // 3
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return 3 * self.num_kv_pairs
+
+    @property
     def chance(self) -> float:
         """See Difficulty."""
         return 1 / self.side

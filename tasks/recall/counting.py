@@ -46,6 +46,11 @@ class CountingConfig(Difficulty):
         object.__setattr__(self, "vocab_size", self.num_symbols + 3 + self.max_threshold)
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - 3
+
+    @property
     def chance(self) -> float:
         """See Difficulty."""
         return 1 / 2

@@ -54,6 +54,20 @@ class Difficulty(ABC):
         """Expected accuracy of naming any possible answer at random."""
 
     @property
+    def context(self) -> int | None:
+        """Leading positions that hold all there is to know and no question; None where questions
+        stand among what they ask for.
+        """
+        return None
+
+    @property
+    def answer_after(self) -> int | None:
+        """The token behind which the answer stands in what a model writes by itself after
+        `context` and the token that follows it; None where every label is asked for.
+        """
+        return None
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Names under which slices are also scored together."""
         return ()

@@ -40,6 +40,11 @@ class InductionConfig(Difficulty):
             raise ConfigError(f"seq_len={self.seq_len}: expected at least 3")
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - 1
+
+    @property
     def chance(self) -> float:
         """See Difficulty; of the tokens beside the two markers."""
         right = 1 / (self.seq_len - 2)

@@ -85,6 +85,11 @@ class NeedleConfig(Difficulty):
         return self.first_value + self.num_values
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - 2 * self.num_queries
+
+    @property
     def chance(self) -> float:
         """See Difficulty."""
         if self.num_needles == 1:

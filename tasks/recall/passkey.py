@@ -52,6 +52,11 @@ class PasskeyConfig(Difficulty):
         object.__setattr__(self, "vocab_size", FILLER + self.num_filler)
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - KEY_SIZE
+
+    @property
     def chance(self) -> float:
         """See Difficulty."""
         return 1 / 10

@@ -54,6 +54,11 @@ class PhonebookConfig(Difficulty):
         object.__setattr__(self, "seq_len", LINE * (self.num_entries + 3) - 2)
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return LINE * self.num_entries
+
+    @property
     def chance(self) -> float:
         """See Difficulty."""
         return 1 / 10

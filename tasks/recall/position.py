@@ -44,6 +44,11 @@ class IndexConfig(Difficulty):
         object.__setattr__(self, "vocab_size", self.num_symbols + 1 + self.num_positions)
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - 2
+
+    @property
     def chance(self) -> float:
         """See Difficulty."""
         right = 1 / (self.seq_len - 2)

@@ -43,6 +43,11 @@ class SelectiveCopyingConfig(Difficulty):
             )
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - self.num_tokens - 1
+
+    @property
     def chance(self) -> float:
         """See Difficulty."""
         right = 1 / self.num_tokens

@@ -50,6 +50,11 @@ class DisjointnessConfig(Difficulty):
         object.__setattr__(self, "seq_len", self.first + self.second + 3)
 
     @property
+    def context(self) -> int:
+        """See Difficulty."""
+        return self.seq_len - 1
+
+    @property
     def chance(self) -> float:
         """See Difficulty."""
         return 1 / min(self.first, self.second)

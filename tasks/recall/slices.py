@@ -1,7 +1,7 @@
 """The slices of a recall task, from the plain mappings of a configuration."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_type_hints
 
 from schema.errors import ConfigError
@@ -83,12 +83,33 @@ def _read(
         raise ConfigError(f"{key}.num_examples: missing")
     if values["num_examples"] < 1:
         raise ConfigError(f"{key}.num_examples={values['num_examples']}: expected at least 1")
+    config = _made(difficulty, {**options, **given}, key)
+    return Slice(
+        _name(difficulty, given), config, given, values["num_examples"], values.get("stage")
+    )
+
+
+def changed(each: Slice, options: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> Slice:
+    """`each` with some options of its difficulty replaced.
+
+    Raises:
+        ConfigError: no example can have these; begins with `key`.
+    """
+    difficulty = type(each.config)
+    given = {**each.given, **changes}
+    config = _made(difficulty, {**options, **given}, key)
+    return replace(each, name=_name(difficulty, given), config=config, given=given)
+
+
+def _made(difficulty: type[Difficulty], options: Mapping[str, Any], key: str) -> Difficulty:
     try:
-        config = difficulty(**{**options, **given})
+        return difficulty(**options)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
-    name = "_".join(f"{difficulty.letters.get(n, n)}{_text(given[n])}" for n in given)
-    return Slice(name, config, given, values["num_examples"], values.get("stage"))
+
+
+def _name(difficulty: type[Difficulty], given: Mapping[str, Any]) -> str:
+    return "_".join(f"{difficulty.letters.get(n, n)}{_text(given[n])}" for n in given)
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,7 @@ B batch, N examples, L length of an example, V vocabulary.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,9 +16,10 @@ from torch.utils.data import Dataset, default_collate
 from schema.errors import ConfigError
 from tasks.base import IGNORED, PADDING, SPLITS, Batch, Recipe, Split, Task, as_record
 from tasks.recall.difficulty import Difficulty
-from tasks.recall.slices import Slice, read_slices
+from tasks.recall.slices import Slice, changed, read_slices
 
 _ORDER_STREAM = len(SPLITS)  # the random stream after those of the splits
+_LENGTH_STREAM = _ORDER_STREAM + 1
 _FILLER = 0  # what padding is read as; `segments` says that it is none of the sequence
 
 
@@ -26,7 +27,11 @@ _FILLER = 0  # what padding is read as; `segments` says that it is none of the s
 class RecallSlice:
     """Examples to score: int64 `inputs` and `labels` (N, L), labels IGNORED where nothing is asked.
 
-    `groups` are the names under which slices are also scored together.
+    `groups` are the names under which slices are also scored together, `context` the leading
+    positions that hold all there is to know, see Difficulty, and `prefix_len` those that may be
+    read in both directions. With `answer_after` a model reads the context and the token after it
+    and goes on by itself: what it writes behind the first such token is its answer, which is right
+    if it is the last label.
     """
 
     name: str
@@ -35,6 +40,9 @@ class RecallSlice:
     chance: float
     chance_of_vocabulary: float
     groups: tuple[str, ...] = ()
+    context: int | None = None
+    prefix_len: int | None = None
+    answer_after: int | None = None
 
 
 class Recall(Task):
@@ -50,6 +58,8 @@ class Recall(Task):
         recipe: see Task.
         order: "curriculum" walks the stages of `train` in every epoch, "shuffled" mixes all of
             it. With slices of several lengths a curriculum pads less.
+        prefix: a mixer with causal = "prefix" may read the context of every example in both
+            directions (see Difficulty.context).
         seed: of the data; a run's own seed does not change it.
         options: of the difficulty, for all slices that do not say otherwise.
 
@@ -70,6 +80,7 @@ class Recall(Task):
         recipe: Recipe,
         *,
         order: Literal["curriculum", "shuffled"] = "curriculum",
+        prefix: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -79,6 +90,7 @@ class Recall(Task):
             raise ConfigError(f"task.seed={seed}: expected at least 0")
         self.recipe = as_record(Recipe, recipe, "task.recipe")
         self.shuffle = order == "shuffled"
+        self.prefix = prefix
         self.seed = seed
         self._options = options
         self._train = read_slices(self.difficulty, train, options, "task.train")
@@ -87,6 +99,11 @@ class Recall(Task):
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise ConfigError(f"task.test[{i}]: {name} is given twice")
+        for each in [*self._train, *self._test]:
+            if prefix and each.config.context is None:
+                raise ConfigError(
+                    f"task.prefix=true: {each.name} has questions in its context; allowed: false"
+                )
         sizes = sorted({each.config.vocab_size for each in [*self._train, *self._test]})
         if len(sizes) > 1:
             raise ConfigError(f"task: slices with vocabularies of {sizes} ids: expected the same")
@@ -135,14 +152,17 @@ class Recall(Task):
         row = np.concatenate([np.arange(n) for n in sizes])
         stages = [i if s.stage is None else s.stage for i, s in enumerate(self._train)]
         order = np.lexsort((rng.random(len(which)), np.array(stages)[which]))
-        return Examples(self._generated("train"), which[order], row[order])
+        return Examples(
+            self._generated("train"), which[order], row[order], self._prefixes(self._train)
+        )
 
     def validation_set(self) -> "Examples":
         """See Task; slice after slice."""
         data = self._generated("validation")
         sizes = [len(inputs) for inputs, _ in data]
         which = np.repeat(np.arange(len(sizes)), sizes)
-        return Examples(data, which, np.concatenate([np.arange(n) for n in sizes]))
+        row = np.concatenate([np.arange(n) for n in sizes])
+        return Examples(data, which, row, self._prefixes(self._test))
 
     def slices(self, split: Split) -> dict[str, RecallSlice]:
         """The examples of every difficulty of a split by name, such as "L32_K4"."""
@@ -151,16 +171,38 @@ class Recall(Task):
             members.setdefault(each.name, []).append(i)
         data, slices = self._generated(split), self._slices_of(split)
         return {
-            name: RecallSlice(
+            name: _scored(
                 name,
-                np.concatenate([data[i][0] for i in same]).astype(np.int64),
-                np.concatenate([data[i][1] for i in same]).astype(np.int64),
-                slices[same[0]].config.chance,
-                slices[same[0]].config.chance_of_vocabulary,
-                slices[same[0]].config.groups,
+                slices[same[0]].config,
+                np.concatenate([data[i][0] for i in same]),
+                np.concatenate([data[i][1] for i in same]),
+                self.prefix,
             )
             for name, same in members.items()
         }
+
+    def slices_of_length(self, split: Split, lengths: Sequence[int]) -> dict[str, RecallSlice]:
+        """Every difficulty of a split at other lengths, by name.
+
+        The examples are new ones, from a stream of their own for each length.
+
+        Raises:
+            ConfigError: the length of an example is no option of this task, or is none of its own.
+        """
+        names = [f.name for f in fields(self.difficulty) if f.init]  # type: ignore[arg-type]
+        if "seq_len" not in names:
+            raise ConfigError(f"eval.lengths: task={self.name} has no option seq_len to change")
+        found: dict[str, RecallSlice] = {}
+        for length in lengths:
+            for i, each in enumerate(self._slices_of(split)):
+                key = f"eval.lengths={length}"
+                other = changed(each, self._options, {"seq_len": length}, key)
+                if other.name in found:
+                    continue
+                rng = self._rng(_LENGTH_STREAM, SPLITS.index(split), length, i)
+                inputs, labels = other.config.generate(each.num_examples, rng)
+                found[other.name] = _scored(other.name, other.config, inputs, labels, self.prefix)
+        return found
 
     def facts(self) -> dict[str, Any]:
         """See Task."""
@@ -171,6 +213,7 @@ class Recall(Task):
             "notes": [f"chance is the accuracy of {self.guess}"],
             **self._options,
             "order": "shuffled" if self.shuffle else "curriculum",
+            **({"prefix": True} if self.prefix else {}),
             "seed": self.seed,
             "splits": {
                 split: {
@@ -197,7 +240,13 @@ class Recall(Task):
             inputs[b, :length] = item["inputs"]
             labels[b, :length] = item["labels"]
             segments[b, :length] = 0
-        return Batch(inputs=inputs, labels=labels, segments=segments)
+        batch = Batch(inputs=inputs, labels=labels, segments=segments)
+        if "prefix_len" in items[0]:
+            batch["prefix_len"] = torch.stack([item["prefix_len"] for item in items])
+        return batch
+
+    def _prefixes(self, slices: Sequence[Slice]) -> list[int | None]:
+        return [each.config.context if self.prefix else None for each in slices]
 
     def _rng(self, *stream: int) -> np.random.Generator:
         """One generator per split and slice; streams of different keys do not overlap."""
@@ -213,12 +262,20 @@ class Recall(Task):
 
 
 class Examples(Dataset):
-    """Example n is row `row[n]` of slice `which[n]`; items are int64 inputs and labels (L,)."""
+    """Example n is row `row[n]` of slice `which[n]`; items are int64 inputs and labels (L,).
+
+    With `prefixes`, one for each slice, an item also has its prefix_len.
+    """
 
     def __init__(
-        self, slices: Sequence[tuple[np.ndarray, np.ndarray]], which: np.ndarray, row: np.ndarray
+        self,
+        slices: Sequence[tuple[np.ndarray, np.ndarray]],
+        which: np.ndarray,
+        row: np.ndarray,
+        prefixes: Sequence[int | None],
     ) -> None:
         self._slices, self._which, self._row = slices, which, row
+        self._prefixes = prefixes
 
     def __len__(self) -> int:
         return len(self._which)
@@ -226,10 +283,28 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         inputs, labels = self._slices[self._which[index]]
         row = self._row[index]
-        return {
+        item = {
             "inputs": torch.from_numpy(inputs[row].astype(np.int64)),
             "labels": torch.from_numpy(labels[row].astype(np.int64)),
         }
+        prefix = self._prefixes[self._which[index]]
+        return item if prefix is None else {**item, "prefix_len": torch.tensor(prefix)}
+
+
+def _scored(
+    name: str, config: Difficulty, inputs: np.ndarray, labels: np.ndarray, prefix: bool
+) -> RecallSlice:
+    return RecallSlice(
+        name,
+        inputs.astype(np.int64),
+        labels.astype(np.int64),
+        config.chance,
+        config.chance_of_vocabulary,
+        config.groups,
+        config.context,
+        config.context if prefix else None,
+        config.answer_after,
+    )
 
 
 def _sequences(data: Sequence[tuple[np.ndarray, np.ndarray]]) -> set[bytes]:

@@ -55,6 +55,10 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write what `TokenizerSettings.load` needs into `folder`."""
 
+    @abstractmethod
+    def to_library(self) -> tokenizers.Tokenizer:
+        """One of the `tokenizers` library with the same ids, without the begin-of-document id."""
+
 
 class ByteTokenizer(Tokenizer):
     """The bytes of UTF-8."""
@@ -71,6 +75,18 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         """See Tokenizer: nothing."""
+
+    def to_library(self) -> tokenizers.Tokenizer:
+        """See Tokenizer; a byte-level BPE without merges, id b for byte b."""
+        # The library stands for byte b by a printable letter: by chr(b), or where that is none, by
+        # the next one from 256 on (GPT-2's table).
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = (b for b in range(_BYTES) if b not in printable)
+        letter = {b: chr(b) for b in printable} | {b: chr(_BYTES + i) for i, b in enumerate(others)}
+        inner = tokenizers.Tokenizer(models.BPE({c: b for b, c in letter.items()}, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = decoders.ByteLevel()
+        return inner
 
 
 class VocabularyTokenizer(Tokenizer):
@@ -103,6 +119,10 @@ class VocabularyTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         """See Tokenizer; the file can be read by the `tokenizers` library."""
         (folder / FILE_NAME).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+    def to_library(self) -> tokenizers.Tokenizer:
+        """See Tokenizer; a copy."""
+        return tokenizers.Tokenizer.from_str(self._inner.to_str())
 
 
 def train_word(texts: Iterable[str]) -> VocabularyTokenizer:

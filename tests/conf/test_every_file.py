@@ -2,12 +2,14 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from evaluation.study import Plan
 from models.build import build_model
 from schema.check import check, check_here
 from schema.compose import CONF, compose, compose_all, compose_with_hydra
@@ -16,11 +18,12 @@ from training.data import loader_of
 from training.module import Training
 
 FILES = {str(p.relative_to(CONF).with_suffix("")) for p in CONF.rglob("*.yaml")}
-COMMANDS = {"config", "eval", "bench"}
+COMMANDS = {"config", "eval", "bench", "export", "recall_study"}
 EVERYWHERE = {"shell", *(file for file in FILES if file.startswith("hydra/"))}
 MIXERS = {file for file in FILES if file.startswith("mixer/")}
 SWEEPS = {file for file in FILES if file.startswith("sweep/")}
-CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - SWEEPS
+STUDIES = {file for file in FILES if file.startswith("study/")}
+CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - SWEEPS - STUDIES
 PARTS = ("train", "test")  # of a recall task; its first slices are its smallest
 # What says how a run goes rather than what is trained: shown by a whole run.
 RUNS = {f for f in CHOICES if f.split("/")[0] in ("trainer", "logger", "callbacks", "debug")}
@@ -139,6 +142,15 @@ def test_every_point_of_a_sweep_is_right(file):
     assert len(points) > 1
     for point in points:
         check(point)
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES))
+def test_every_arm_of_a_study_is_right(file):
+    cfg = compose("recall_study", overrides_of(file))
+    check(cfg, "recall_study")
+    plan = Plan(**OmegaConf.to_container(cfg.study))
+    for point in plan.points(Path())[:: len(plan.lrs) * len(plan.seeds)]:
+        check(compose("config", plan.overrides(point)))
 
 
 @pytest.mark.parametrize("task", [None, *sorted(p.stem for p in CONF.glob("task/*.yaml"))])

@@ -17,7 +17,7 @@ from train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.d_model=16", "model.num_layers=2", "model.num_heads=1", "trainer.max_steps=4")
-QUICK = ("eval.cost=false", "eval.samples=0", "accelerator=cpu")
+QUICK = ("eval.cost=false", "eval.samples=0", "eval.ar_hits=null", "accelerator=cpu")
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,23 @@ def test_what_cannot_be_evaluated_is_one_line(text_run, recall_run, texts, tmp_p
         with pytest.raises(ConfigError, match=message) as error:
             evaluated(run, *options)
         assert "\n" not in str(error.value)
+
+
+def test_tasks_of_the_harness_run_by_name(text_run, recall_run, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "texts.jsonl").write_text('{"text": "own line 3"}\n')
+    (tmp_path / "own.yaml").write_text(
+        "task: own_bits\ndataset_path: json\noutput_type: loglikelihood_rolling\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/texts.jsonl}}, cache_dir: {tmp_path}}}\n"
+        'test_split: test\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list: [{metric: bits_per_byte}]\n"
+    )
+    options = ("lm_eval.tasks=[own_bits]", f"lm_eval.include_path={tmp_path}")
+    found = evaluated(text_run, *options)
+    assert 0 < found["results"]["own_bits"]["bits_per_byte,none"] < 16
+    assert RunFolder(text_run).evaluation("lm_eval") == found
+    with pytest.raises(ConfigError, match=r"lm_eval\.tasks: .* mqar, which has no tokeniser"):
+        evaluated(recall_run, *options)
 
 
 def test_a_damaged_checkpoint_is_named(text_run, tmp_path):

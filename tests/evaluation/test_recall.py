@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from evaluation import Settings, evaluate, print_table
-from evaluation.recall import SliceScore, score_slice, wilson
+from evaluation.recall import SliceScore, answers, last_labels, score_slice, wilson
 from schema.errors import ConfigError
 from tasks.base import Recipe
+from tasks.recall.is_tree import IsTree
 from tasks.recall.mqar import MQAR
 from tests.tiny import tiny_model
 
@@ -50,8 +52,8 @@ def test_counts_are_those_of_the_argmax_over_all_logits(task):
         logits, _ = model(torch.from_numpy(part.inputs))
         asked = torch.from_numpy(part.labels) != -100
         right = (logits.argmax(-1) == torch.from_numpy(part.labels)) & asked
-        for tokens_at_once in (1, 16 * 7, 10**6):
-            score = score_slice(model, part, tokens_at_once)
+        for batch_size, chunk in ((7, 16), (50, 7), (100, 512)):
+            score = score_slice(model, part, batch_size, chunk)
             assert np.array_equal(score.right, right.sum(1).numpy())
             assert np.array_equal(score.labels, asked.sum(1).numpy())
 
@@ -75,3 +77,36 @@ def test_an_untrained_model_is_near_the_chance_of_the_vocabulary(task):
 def test_a_recall_task_of_another_vocabulary_is_refused(task):
     with pytest.raises(ConfigError, match=r"vocabulary of 31 ids, task=mqar of 64"):
         evaluate(tiny_model("conv"), task)
+
+
+def test_an_answer_is_read_behind_a_thought_of_the_model_s_own():
+    """What stands behind the first end; nothing there, or no end, is no answer."""
+    written = np.array([[1, 5, 6, 5, 7], [1, 2, 3, 4, 5], [5, 7, 0, 0, 0], [1, 2, 3, 5, 6]])
+    assert answers(written, 5).tolist() == [6, -1, 7, 6]
+    labels = np.array([[-100, 3, -100], [2, -100, 4]])
+    assert last_labels(labels).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("pattern", ["attention", ["mamba", "attention"]])
+def test_a_thought_is_written_and_not_read_from_the_example(pattern):
+    """The score is that of decoding anew from the prompt alone, row by row."""
+    part = [{"num_nodes": 5, "num_examples": 12}]
+    task = IsTree(part, part, Recipe(batch_size=2, max_steps=10, lr=1e-3))
+    task.prepare()
+    (each,) = task.slices("test").values()
+    model = tiny_model(pattern, vocab_size=task.vocab_size).eval()
+    score = score_slice(model, each, batch_size=5)
+    expected = []
+    for x, y in zip(each.inputs, each.labels, strict=True):
+        ids = torch.from_numpy(x[: each.context + 1])[None]
+        with torch.no_grad():
+            while ids.shape[1] <= len(x):
+                ids = torch.cat([ids, model(ids)[0][:, -1:].argmax(-1)], dim=1)
+        own = ids[0, each.context + 1 :].tolist()
+        said = own[own.index(5) + 1 : own.index(5) + 2] if 5 in own else []
+        expected.append(said == [y[y != -100][-1]])
+    assert score.right.tolist() == expected
+    assert score.labels.tolist() == [1] * 12
+    # Another thought in the example changes nothing: it is not read.
+    other = replace(each, inputs=np.where(np.arange(len(x)) > each.context, 9, each.inputs))
+    assert score_slice(model, other, batch_size=5).right.tolist() == expected

@@ -14,11 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import peak_bytes
 from kernels import BackendError, selective_scan
+from kernels.native import has_compiler
 from kernels.selective_scan import selective_scan_flops, tiles
 from kernels.selective_scan.tiles import STEPS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba_selective_scan.npz"
-BACKENDS = ("reference", "torch")
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(not has_compiler(), reason="no C++ compiler"))
+FORMS = ("torch", CPP)
+BACKENDS = ("reference", *FORMS)
 LENGTHS = (1, 2, 13, STEPS - 1, STEPS, STEPS + 1, 2 * STEPS + 3)
 EXACT = 1e-12  # relative to the largest value: float64, sums of up to a hundred terms
 
@@ -97,21 +100,23 @@ def test_golden(backend, dtype, forward, backward):
         assert_near(grad, data[f"grad_{name}"], backward)
 
 
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("L", LENGTHS)
-def test_tiles_equal_the_loop(L, segmented):
+def test_forms_equal_the_loop(L, segmented, backend):
     args = arguments(L, groups=3, segments=random_segments(2, L, L) if segmented else None)
-    for got, expected in zip(run("torch", args), run("reference", args), strict=True):
+    for got, expected in zip(run(backend, args), run("reference", args), strict=True):
         assert_near(got, expected, EXACT)
 
 
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("given", [{}, {"D": None}, {"z": None, "delta_bias": None}])
 @pytest.mark.parametrize("softplus_", [False, True])
-def test_optional_arguments(given, softplus_):
+def test_optional_arguments(given, softplus_, backend):
     args = arguments(9, delta_softplus=softplus_, initial_state=None, **given)
     if not softplus_:
         args["delta"] = args["delta"].detach().abs().requires_grad_()
-    got, expected = run("torch", args), run("reference", args)
+    got, expected = run(backend, args), run("reference", args)
     for a, b in zip(got, expected, strict=True):
         assert_near(a, b, EXACT)
 
@@ -123,8 +128,59 @@ def test_blocks_of_rows_and_channels_equal_the_loop(monkeypatch):
         assert_near(got, expected, EXACT)
 
 
+@pytest.mark.parametrize("layout", ["time last", "time first", "broadcast"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_cpp_at_widths_around_its_vectors(dtype, layout):
+    """Channels and states that fill vectors and units of 64 channels, and that do not."""
+    for channels, d_state, groups, L in ((16, 16, 1, 33), (66, 9, 1, 17), (134, 17, 2, 70)):
+        args = arguments(L, channels=channels, d_state=d_state, groups=groups, dtype=dtype)
+        if layout == "time first":
+            args |= {n: args[n].detach().mT.contiguous().mT for n in ("u", "delta", "B", "C", "z")}
+        if layout == "broadcast":
+            args["z"] = args["z"].detach()[:, :1].expand(-1, channels, -1)
+        exact = {
+            n: t.detach().double().requires_grad_(t.requires_grad)
+            if isinstance(t, torch.Tensor)
+            else t
+            for n, t in args.items()
+        }
+        # float32: rounding, in sums of up to 70 terms in the gradients of A and D.
+        tolerance = EXACT if dtype is torch.float64 else 1e-5
+        for got, expected in zip(run("cpp", args), run("reference", exact), strict=True):
+            assert_near(got, expected, tolerance)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
+    args = arguments(40, batch=3, channels=130, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    once = run("cpp", args)
+    try:
+        torch.set_num_threads(3)
+        again = run("cpp", args)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(once, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_cpp_does_not_hide_what_is_not_finite(bad):
+    args = arguments(40, dtype=torch.float32)
+    args["u"] = args["u"].detach().clone()
+    args["u"][0, 1, 20] = bad
+    with torch.no_grad():
+        got = selective_scan(**args, backend="cpp").isfinite()
+        expected = selective_scan(**args, backend="reference").isfinite()
+    assert torch.equal(got, expected)
+    assert not got.all()
+
+
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("L", [1, 5])
-def test_gradcheck(L):
+def test_gradcheck(L, backend):
     segments = torch.tensor([[0] * L, [-1, 2, 2, 3, -1][:L]])
     args = arguments(L, channels=4, d_state=2, groups=2, segments=segments)
     names = [
@@ -133,7 +189,7 @@ def test_gradcheck(L):
 
     def call(*tensors: torch.Tensor):
         given = args | dict(zip(names, tensors, strict=True))
-        return selective_scan(**given, return_last_state=True)
+        return selective_scan(**given, return_last_state=True, backend=backend)
 
     assert torch.autograd.gradcheck(call, [args[name] for name in names])
 
@@ -206,8 +262,9 @@ def test_zero_steps_leave_the_state_alone(backend):
     assert_near(y, read, EXACT)
 
 
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_decays_are_finite(dtype):
+def test_extreme_decays_are_finite(dtype, backend):
     """Steps up to 60 and runs of zero, A from -1e-3 to -16: values, states and gradients."""
     args = arguments(70, channels=3, dtype=torch.float32, delta_bias=None, delta_softplus=False)
     args["A"] = torch.tensor([-16.0, -1.0, -1e-3])[:, None].repeat(1, 4).requires_grad_()
@@ -223,27 +280,31 @@ def test_extreme_decays_are_finite(dtype):
     }
     # float32: rounding only. bfloat16: y and the gradients are rounded to 8 bits at the end.
     tolerance = 1e-5 if dtype is torch.float32 else 1e-2
-    for got, expected in zip(run("torch", args), run("reference", exact), strict=True):
+    for got, expected in zip(run(backend, args), run("reference", exact), strict=True):
         assert_near(got, expected, tolerance)
 
 
-def test_bf16_is_near_fp32():
+@pytest.mark.parametrize("backend", FORMS)
+def test_bf16_is_near_fp32(backend):
     args = arguments(70, dtype=torch.float32)
     low = {n: args[n].detach().bfloat16().requires_grad_() for n in ("u", "delta", "B", "C", "z")}
-    for got, expected in zip(run("torch", args | low), run("torch", args), strict=True):
+    for got, expected in zip(run(backend, args | low), run(backend, args), strict=True):
         assert_near(got, expected, 2e-2)  # inputs of 8 bits
 
 
-def test_dtypes_and_layouts_are_kept():
+@pytest.mark.parametrize("backend", FORMS)
+def test_dtypes_and_layouts_are_kept(backend):
     low = {n: arguments(5)[n].detach().bfloat16() for n in ("u", "delta", "B", "C")}
     A = -torch.rand(6, 4)
     time_first = low["u"].mT.contiguous().mT
     with torch.autocast("cpu", torch.bfloat16):
-        y, last = selective_scan(**(low | {"u": time_first}), A=A, return_last_state=True)
+        y, last = selective_scan(
+            **(low | {"u": time_first}), A=A, return_last_state=True, backend=backend
+        )
     assert y.dtype is torch.bfloat16
     assert y.stride() == time_first.stride()
     assert last.dtype is torch.float32
-    expected = selective_scan(**low, A=A)
+    expected = selective_scan(**low, A=A, backend=backend)
     assert torch.equal(y, expected), "autocast or the layout changed the result"
 
 
@@ -261,40 +322,43 @@ def test_one_step_is_the_recurrence_and_repeats_bit_for_bit():
     assert_near(first[1], torch.exp(step * args["A"]) * held + inputs, 1e-6)  # one rounding
 
 
-def test_memory_does_not_grow_with_the_state():
+@pytest.mark.parametrize("backend", FORMS)
+def test_memory_does_not_grow_with_the_state(backend):
     """Training keeps less than half a state per step; a loop under autograd keeps three."""
     D, N = 64, 16
 
     def train(L: int):
         args = arguments(L, batch=1, channels=D, d_state=N, dtype=torch.float32)
-        return lambda: selective_scan(**args).sum().backward()
+        return lambda: selective_scan(**args, backend=backend).sum().backward()
 
     per_step = (peak_bytes(train(1024)) - peak_bytes(train(512))) / 512
     assert per_step < 0.5 * D * N * 4
 
 
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("length", [1, 40])
-def test_flops(length):
+def test_flops(length, backend):
     """The operators are counted by their formulas, forward, backward, and as a single step."""
     args, elements = arguments(length), 2 * length * 6 * 4
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        selective_scan(**args)
+        selective_scan(**args, backend=backend)
     assert counter.get_total_flops() == selective_scan_flops(2, length, 6, 4) == 7 * elements
     with FlopCounterMode(display=False) as counter:
-        y = selective_scan(**args)
+        y = selective_scan(**args, backend=backend)
     assert counter.get_total_flops() == 7 * elements
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 20 * elements
 
 
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("length", [1, 5])
-def test_operators_are_well_formed(length):
+def test_operators_are_well_formed(length, backend):
     """Schema, fake form, autograd registration and compilation, by torch's own check."""
     args = arguments(length, channels=3, d_state=2)
     order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     given = (*(args[n] for n in order), True, args["initial_state"], None)
-    torch.library.opcheck(torch.ops.seqmix.selective_scan.default, (*given, True))
+    torch.library.opcheck(torch.ops.seqmix.selective_scan.default, (*given, True, backend))
     if length == 1:
         held = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
         held[-2] = held[-2].mT.contiguous().mT  # a state of any strides
@@ -320,5 +384,5 @@ def test_bad_input(wrong, message):
 
 
 def test_unknown_backend():
-    with pytest.raises(BackendError, match="these can serve the call: torch, reference"):
+    with pytest.raises(BackendError, match="these can serve the call: auto, cpp, torch, reference"):
         selective_scan(**arguments(5), backend="mamba_ssm")

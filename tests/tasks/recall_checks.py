@@ -309,6 +309,57 @@ def counting(config: Any, x: Row, y: Row) -> Row:
     return at_the_end(x, s + 2 if count > threshold else s + 1)
 
 
+def is_tree(config: Any, x: Row, y: Row) -> Row:
+    """Connected with n - 1 edges, by growing the set of what node 0 reaches."""
+    begin, edge, pad, eos, answers, node = 11, 3, 4, 5, (7, 6), 16
+    n = config.num_nodes
+    edges = x[1 : 1 + 3 * (n - 1)].reshape(-1, 3)
+    require(x[0] == begin and (edges[:, 1] == edge).all(), "BEGIN or an edge is missing")
+    require((edges[:, 0] > edges[:, 2]).all(), "an edge is not from the larger to the smaller")
+    pairs = [(int(u) - node, int(v) - node) for u, _, v in edges]
+    require(all(0 <= v < u < n for u, v in pairs), "a node is none")
+    require(len(set(pairs)) == n - 1, "an edge stands twice")
+    reached, size = {0}, 0
+    while size < len(reached):
+        size = len(reached)
+        reached |= {w for e in pairs if reached & set(e) for w in e}
+    rest = x[1 + 3 * (n - 1) :]
+    require(rest[0] == eos, "EOS is missing")
+    end = len(rest) - 1 if config.thought == "none" else 1 + int(np.argmax(rest[1:] == eos))
+    require((rest[end + 1 :] == pad).all(), "something stands behind the end")
+    if config.thought == "dfs":
+        require(rest[end] == eos, "the second EOS is missing")
+        tour(pairs, (rest[1:end] - node).tolist())
+    expected = ignored(x)
+    start = 1 + 3 * (n - 1)
+    expected[start : start + end + 1] = [*rest[1 : end + 1], answers[len(reached) == n]]
+    return expected
+
+
+def tour(edges: list[tuple[int, int]], visited: list[int]) -> None:
+    """A walk along edges from node 0, which ends at a cycle or back where it began, and in which a
+    node is taken before those whose edges come later."""
+    require(visited[0] == 0, "the tour does not begin at node 0")
+    path, done = [0], {0}
+    for at, following in enumerate(visited[1:], start=1):
+        node, parent = path[-1], path[-2] if len(path) > 1 else None
+        around = [v if u == node else u for u, v in edges if node in (u, v)]
+        left = [v for v in around if v != parent and (node, v) not in done]
+        if not left:
+            require(following == parent, "the tour does not return")
+            path.pop()
+            continue
+        require(following == left[0], "another neighbour comes first")
+        done |= {(node, following), (following, node)}
+        if following in done:
+            require(at == len(visited) - 1, "the tour goes on behind a cycle")
+            return
+        done.add(following)
+        path.append(following)
+    around = [v if u == 0 else u for u, v in edges if 0 in (u, v)]
+    require(path == [0] and all((0, v) in done for v in around), "the tour ends early")
+
+
 SOLVERS: dict[str, Callable[[Any, Row, Row], Row]] = {
     "ForgettingConfig": forgetting,
     "CompositionalConfig": compositional,
@@ -326,4 +377,5 @@ SOLVERS: dict[str, Callable[[Any, Row, Row], Row]] = {
     "IndexConfig": index,
     "CGramConfig": cgram,
     "CountingConfig": counting,
+    "IsTreeConfig": is_tree,
 }

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluation.recall import last_labels
 from schema.errors import ConfigError
 from tasks.base import IGNORED
 from tasks.recall.associative import AssociativeConfig
@@ -25,6 +26,7 @@ from tasks.recall.forgetting import ForgettingConfig
 from tasks.recall.fuzzy import FuzzyConfig
 from tasks.recall.in_context import InContextConfig
 from tasks.recall.induction import InductionConfig
+from tasks.recall.is_tree import IsTreeConfig, depth_first
 from tasks.recall.memorization import MemorizationConfig
 from tasks.recall.needle import NeedleConfig
 from tasks.recall.passkey import PasskeyConfig
@@ -75,6 +77,9 @@ CASES: dict[str, Difficulty] = {
     "cgram": CGramConfig(30, 8, 3),
     "cgram_pair": CGramConfig(30, 16, 2),
     "counting": CountingConfig(30, 8, 4),
+    "is_tree": IsTreeConfig(7),
+    "is_tree_random": IsTreeConfig(9, "random", vocab_nodes=12),
+    "is_tree_silent": IsTreeConfig(6, "random", "none"),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -211,6 +216,12 @@ def name_of_the_first_line(x: np.ndarray) -> None:
         ("cgram", put(e3=0), "the separator is missing"),
         ("counting", put(e1=0), "the threshold is none"),
         ("counting", put(e3=0), "the separator is missing"),
+        ("is_tree", put(t0=0), "BEGIN or an edge is missing"),
+        ("is_tree", put(t2=0), "BEGIN or an edge is missing"),
+        ("is_tree", put(t1=16), "an edge is not from the larger to the smaller"),
+        ("is_tree", put(t19=4), "EOS is missing"),
+        ("is_tree", put(t20=18), "the tour does not begin at node 0"),
+        ("is_tree_silent", put(t16=4), "EOS is missing"),
     ],
 )
 def test_mutated_inputs_are_rejected(case, mutate, said):
@@ -226,6 +237,8 @@ def test_the_chance_of_the_vocabulary_is_one_of_all_answers(case):
     config = CASES[case]
     labels = made(config, 4000)[1]
     answers = len(np.unique(labels[labels != IGNORED]))
+    if config.answer_after is not None:
+        answers = len(np.unique(last_labels(labels)))
     if getattr(config, "targets", None) == "next":
         assert answers <= round(1 / config.chance_of_vocabulary)
     else:
@@ -318,6 +331,21 @@ def test_counts_are_balanced_and_near_every_threshold():
     threshold = x[:, -1] - 10
     assert np.bincount(count - threshold + 1) / 8000 == pytest.approx(np.full(4, 0.25), abs=0.02)
     assert (y[:, -1] == 10).mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("family", ["binary", "random"])
+def test_half_of_the_graphs_are_trees(family):
+    """Hubs are drawn alike; a random forest's last edge joins its two trees now and then."""
+    _, y = made(IsTreeConfig(12, family), 4000)
+    share = (last_labels(y) == 6).mean()
+    assert share == pytest.approx(0.5, abs=0.04) if family == "binary" else 0.5 < share < 0.8
+
+
+def test_the_tour_of_a_graph_by_hand():
+    assert depth_first(4, [(0, 2), (1, 2), (3, 0)]) == ([0, 2, 1, 2, 0, 3, 0], 4)
+    assert depth_first(4, [(3, 0), (1, 2), (0, 2)]) == ([0, 3, 0, 2, 1, 2, 0], 4)
+    assert depth_first(4, [(0, 1), (1, 2), (0, 2)]) == ([0, 1, 2, 0], 3)  # a cycle; 3 is apart
+    assert depth_first(4, [(1, 2), (2, 3), (1, 3)]) == ([0], 1)
 
 
 def test_the_depth_of_a_passkey_is_uniform_without_one():
