@@ -270,15 +270,16 @@ def backward(args: Arguments, kept: Tensor, grad_y: Tensor, grad_last: Tensor) -
         torch.empty_like, (call.x, call.dt, call.log_decay, call.B, call.C)
     )
     dD = first.new_zeros(batch, H, call.n, P)
+    narrow = {**call.constants, "BP": min(call.BP, 32), "BN": min(call.BN, 32)}  # wider ones spill
     launch(
         differentiate_heads, (call.n, batch * H),
         call.x, call.dt, call.log_decay, call.B, call.C, call.D, call.documents, kept, adjoints,
-        grad, dx, d_dt, d_log, dD, args.x.shape[1], warps=8, **call.constants,
+        grad, dx, d_dt, d_log, dD, args.x.shape[1], warps=8, stages=1, **{**narrow, "BN": 16},
     )  # fmt: skip
     launch(
-        differentiate_groups, (call.n, ceil_div(N, call.BN), batch * G),
+        differentiate_groups, (call.n, ceil_div(N, narrow["BN"]), batch * G),
         call.x, call.dt, call.log_decay, call.B, call.C, call.documents, kept, adjoints,
-        grad, dB, dC, args.x.shape[1], warps=8, **call.constants,
+        grad, dB, dC, args.x.shape[1], warps=8, **narrow,
     )  # fmt: skip
     return Gradients(dx, d_dt, d_log, dB, dC, dD.sum((0, 2)), grad_z, first)
 
@@ -323,9 +324,7 @@ class _Call:
         )  # fmt: skip
         return states, last
 
-    def read(
-        self, states: Tensor, grad_y: Tensor | None, y: Tensor, grad_z: Tensor | None
-    ) -> None:
+    def read(self, states: Tensor, grad_y: Tensor | None, y: Tensor, grad_z: Tensor | None) -> None:
         """Launch `read`."""
         batch, length, H, P, _, _ = self.sizes
         launch(
