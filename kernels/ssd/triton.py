@@ -33,8 +33,8 @@ def decays(log_decay, documents, batch, head, c, L, H: tl.constexpr, Q: tl.const
     there; nothing where another document begins between.
     """
     at = c * Q + tl.arange(0, Q)
-    l = tl.load(log_decay + batch * L * H + head + at * H, mask=at < L, other=0)
-    sums = tl.cumsum(l.to(tl.float64), 0)
+    steps = tl.load(log_decay + batch * L * H + head + at * H, mask=at < L, other=0)
+    sums = tl.cumsum(steps.to(tl.float64), 0)
     whole = tl.sum(tl.where(tl.arange(0, Q) == Q - 1, sums, 0), 0)
     arriving = tl.exp(sums.to(tl.float32))
     leaving = tl.exp((whole - sums).to(tl.float32))

@@ -110,7 +110,8 @@ def test_chunks_are_those_of_the_kernels():
 
 
 MUTANTS = {
-    "a step reads later ones": ("mask = steps[:, None] >= steps[None]", "mask = steps[:, None] >= 0"),
+    "a step reads later ones": (
+        "mask = steps[:, None] >= steps[None]", "mask = steps[:, None] >= 0"),
     "a state goes on into the next document": (
         "across = tl.where(began == ended, across, 0)", "across = across * 1"),
     "documents read each other": (
@@ -121,7 +122,8 @@ MUTANTS = {
     "B by the stride of heads": (
         "a_c = load_tile(a + (row * G + head // (H // G)) * N, steps * G",
         "a_c = load_tile(a + (row * G + head // (H // G)) * N, steps * H"),
-    "decays cross one step too many": ("steps[:, None] + 1 == steps[None]", "steps[:, None] == steps[None]"),
+    "decays cross one step too many": (
+        "steps[:, None] + 1 == steps[None]", "steps[:, None] == steps[None]"),
     "the state's gradient without its decay": (
         "dB_c += dot(x_c * leaving[:, None], R, DOT)", "dB_c += dot(x_c, R, DOT)"),
 }  # fmt: skip
