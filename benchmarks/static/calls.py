@@ -55,6 +55,20 @@ def monarch() -> Any:
     return kernels.monarch(x, w1, w2, backend="triton")
 
 
+def causal_conv1d() -> Any:
+    """B1 T512 D768, four taps, with bias and SiLU."""
+    x, weight, bias = _random(1, 512, 768), _random(768, 4), _random(768)
+    return kernels.causal_conv1d(x, weight, bias, activation="silu", backend="triton")
+
+
+def ssd() -> Any:
+    """B1 L256 H4 P64 N128 in one group, with skip and gate."""
+    x, z = (_random(1, 256, 4, 64) for _ in range(2))
+    dt, A, D = (_random(*s, dtype=torch.float32) for s in ((1, 256, 4), (4,), (4,)))
+    B, C = (_random(1, 256, 1, 128) for _ in range(2))
+    return kernels.ssd(x, dt, -A, B, C, D=D, z=z, backend="triton")
+
+
 def linear_recurrence() -> Any:
     """B1 T512 D256, real."""
     a, b = (_random(1, 512, 256, dtype=torch.float32) for _ in range(2))
@@ -85,6 +99,8 @@ CALLS: dict[str, Callable[[], Any]] = {
         rms_norm_gated,
         linear_cross_entropy,
         monarch,
+        causal_conv1d,
+        ssd,
         selective_scan,
         linear_recurrence,
         linear_recurrence_complex,

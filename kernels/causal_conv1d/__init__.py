@@ -1,5 +1,7 @@
 """Depthwise causal convolution with a state, as short-convolution layers use it."""
 
+from functools import partial
+
 from torch import Tensor
 
 from kernels.causal_conv1d.flops import causal_conv1d_flops
@@ -7,10 +9,15 @@ from kernels.causal_conv1d.op import causal_conv1d_torch
 from kernels.causal_conv1d.reference import causal_conv1d_reference
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
+from kernels.precision import accumulation_dtype
 
 __all__ = ["causal_conv1d", "causal_conv1d_flops"]
 
-_FORMS = {"torch": causal_conv1d_torch, "reference": causal_conv1d_reference}
+_FORMS = {
+    "triton": partial(causal_conv1d_torch, form="triton"),
+    "torch": causal_conv1d_torch,
+    "reference": causal_conv1d_reference,
+}
 
 
 def causal_conv1d(
@@ -42,7 +49,7 @@ def causal_conv1d(
         segments: int (B, T) document numbers, non-decreasing over the valid positions; inputs of
             another document count as zeros. -1 is padding: the convolution runs as if it were not
             there, and its output is finite and otherwise unspecified.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         y (B, T, D) in the dtype of x, and the state (B, W-1, D) of each row's last valid document
@@ -53,7 +60,7 @@ def causal_conv1d(
         BackendError: no such backend.
     """
     _check(x, weight, bias, activation, initial_state, segments)
-    form = choose("causal_conv1d", backend, _FORMS, x.device)
+    form = choose("causal_conv1d", backend, _FORMS, x.device, accumulation_dtype(x, weight))
     y, state = form(
         x,
         weight,

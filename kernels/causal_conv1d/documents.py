@@ -15,10 +15,14 @@ class Documents:
     Args:
         segments: int (B, T), or None for one document without padding.
         taps: W.
+
+    Attributes:
+        reach: (B, T) how many tokens before each are of its document, W - 1 at most and in the
+            first document; None where it is W - 1 everywhere.
     """
 
     def __init__(self, segments: Tensor | None, taps: int) -> None:
-        self._order = self._back = self._reach = None
+        self._order = self._back = self.reach = None
         if segments is None:
             return
         padding = segments < 0
@@ -28,7 +32,7 @@ class Documents:
             segments = segments.gather(1, self._order[..., 0])
         starts = restarts(segments)
         if starts.any():
-            self._reach = _tokens_before(starts, taps - 1)
+            self.reach = _tokens_before(starts, taps - 1)
 
     def arrange(self, x: Tensor) -> Tensor:
         """x (B, T, D) in the order in which it is convolved."""
@@ -40,11 +44,11 @@ class Documents:
 
     def within(self, x: Tensor, start: int, lag: int) -> Tensor:
         """x (B, L, D) with zeros at the positions t from `start` that t - lag is not visible to."""
-        if self._reach is None or lag == 0:
+        if self.reach is None or lag == 0:
             return x
-        T = self._reach.shape[1]
+        T = self.reach.shape[1]
         skipped, end = max(0, -start), min(start + x.shape[1], T)
-        seen = self._reach[:, max(0, start) : max(0, end)] >= lag
+        seen = self.reach[:, max(0, start) : max(0, end)] >= lag
         rest = x.shape[1] - skipped - seen.shape[1]
         if skipped or rest:  # positions outside the sequence hold zeros already
             seen = torch.nn.functional.pad(seen, (skipped, rest), value=True)

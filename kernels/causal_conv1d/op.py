@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.causal_conv1d import shifted
 from kernels.causal_conv1d.documents import last_inputs
 from kernels.causal_conv1d.flops import causal_conv1d_flops
+from kernels.dispatch import implementation
 from kernels.precision import accumulation_dtype, outside_autocast
 
 Shape = Sequence[int]
@@ -30,8 +30,13 @@ def causal_conv1d_torch(
     initial_state: Tensor | None,
     segments: Tensor | None,
     return_state: bool,
+    form: str = "shifted",
 ) -> tuple[Tensor, Tensor | None]:
-    """Shifted sums, or plain steps for a few tokens with no gradient to keep."""
+    """Shifted sums, or plain steps for a few tokens with no gradient to keep.
+
+    Args:
+        form: the module of this package that sums, "shifted" or "triton".
+    """
     silu = activation == "silu"
     given = (x, weight, bias, initial_state)
     kept = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
@@ -42,7 +47,7 @@ def causal_conv1d_torch(
     if few and not kept and state is not None:
         padding = None if segments is None else segments < 0
         return torch.ops.seqmix.causal_conv1d_steps(x, weight, bias, state, padding, silu)
-    y = _convolve(x, weight, bias, initial_state, segments, silu)
+    y = _convolve(x, weight, bias, initial_state, segments, silu, form)
     if not return_state or state is None:
         return y, None
     return y, last_inputs(x, state, segments)
@@ -56,8 +61,9 @@ def _convolve(
     state: Tensor | None,
     segments: Tensor | None,
     silu: bool,
+    form: str = "shifted",
 ) -> Tensor:
-    return shifted.forward(x, weight, bias, state, segments, silu)
+    return implementation(__package__, form).forward(x, weight, bias, state, segments, silu)
 
 
 @_convolve.register_fake
@@ -68,6 +74,7 @@ def _(
     state: Tensor | None,
     segments: Tensor | None,
     silu: bool,
+    form: str = "shifted",
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -81,8 +88,10 @@ def _backward(
     state: Tensor | None,
     segments: Tensor | None,
     silu: bool,
+    form: str = "shifted",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return shifted.backward(grad_y, x, weight, bias, state, segments, silu)
+    backward = implementation(__package__, form).backward
+    return backward(grad_y, x, weight, bias, state, segments, silu)
 
 
 @_backward.register_fake
@@ -94,6 +103,7 @@ def _(
     state: Tensor | None,
     segments: Tensor | None,
     silu: bool,
+    form: str = "shifted",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exact = accumulation_dtype(x, weight)
     (B, _, D), W = x.shape, weight.shape[1]
@@ -106,16 +116,18 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
+    *tensors, ctx.silu, ctx.form = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, state, segments = ctx.saved_tensors
-    dx, d_weight, d_bias, d_state = _backward(grad_y, x, weight, bias, state, segments, ctx.silu)
+    dx, d_weight, d_bias, d_state = _backward(
+        grad_y, x, weight, bias, state, segments, ctx.silu, ctx.form
+    )
     d_bias = None if bias is None else d_bias.to(bias.dtype)
     d_state = None if state is None else d_state.to(state.dtype)
-    return dx, d_weight, d_bias, d_state, None, None
+    return dx, d_weight, d_bias, d_state, None, None, None
 
 
 _convolve.register_autograd(_differentiate, setup_context=_save)

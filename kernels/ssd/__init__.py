@@ -1,5 +1,7 @@
 """Mamba-2's state space (SSD): one decay per head and step, computed by matrix products."""
 
+from functools import partial
+
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -13,7 +15,11 @@ from kernels.ssd.reference import ssd_reference
 
 __all__ = ["ssd", "ssd_flops"]
 
-_FORMS = {"torch": ssd_torch, "reference": ssd_reference}
+_FORMS = {
+    "triton": partial(ssd_torch, form="triton"),
+    "torch": ssd_torch,
+    "reference": ssd_reference,
+}
 
 
 def ssd(
@@ -55,7 +61,8 @@ def ssd(
         dt: (B, L, H).
         A: (H,), negative.
         B, C: (B, L, G, N); head h reads group h // (H / G).
-        chunk_size: steps per chunk; changes speed and memory, and results by rounding only.
+        chunk_size: steps per chunk; changes speed and memory, and results by rounding only. The
+            Triton form has chunks of 64; FLOPs are those of this chunk_size in every form.
         D: (H,) or (H, P) skip, added before the gate.
         z: (B, L, H, P) gate.
         dt_bias: (H,).
@@ -67,7 +74,7 @@ def ssd(
         segments: int (B, L) document numbers, non-decreasing over the valid positions; S starts
             at zero in each document. -1 is padding: a step of size zero, which leaves S alone;
             its output is finite and otherwise unspecified.
-        backend: "auto", "torch" (chunks) or "reference" (the loop).
+        backend: "auto", "triton", "torch" (chunks) or "reference" (the loop).
 
     Returns:
         y (B, L, H, P) in the dtype of x, and if asked for the states (B, H, P, N) after each
@@ -78,8 +85,8 @@ def ssd(
         BackendError: no such backend.
     """
     _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, segments)
-    form = choose("ssd", backend, _FORMS, x.device)
     dtype = accumulation_dtype(x)
+    form = choose("ssd", backend, _FORMS, x.device, dtype)
     steps = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     steps = softplus(steps) if dt_softplus else steps
     if dt_limit != (0.0, float("inf")):

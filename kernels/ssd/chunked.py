@@ -39,7 +39,7 @@ def forward(args: Arguments, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]
 
     The latter are (B, chunks, G, N, R P) with `keep_states`, else empty.
     """
-    y, state = torch.empty_like(args.x), args.first_state()
+    y, state = args.x.new_empty(args.x.shape), args.first_state()
     kept = state.new_empty(0)
     if keep_states:
         chunks = -(-args.x.shape[1] // args.chunk_size)
@@ -70,14 +70,14 @@ def new_gradients(args: Arguments, grad_last: Tensor) -> Gradients:
     """Room for the gradients; zeros where spans add to them."""
     x, dtype = args.x, args.dtype
     return Gradients(
-        x=torch.empty_like(x),
-        dt=torch.empty_like(args.dt, dtype=dtype),
-        log_decay=torch.empty_like(args.log_decay, dtype=dtype),
-        B=torch.empty_like(args.B),
-        C=torch.empty_like(args.C),
+        x=x.new_empty(x.shape),
+        dt=x.new_empty(args.dt.shape, dtype=dtype),
+        log_decay=x.new_empty(args.dt.shape, dtype=dtype),
+        B=args.B.new_empty(args.B.shape),
+        C=args.C.new_empty(args.C.shape),
         D=x.new_zeros(x.shape[2:], dtype=dtype),
-        z=x.new_empty(0) if args.z is None else torch.empty_like(args.z),
-        initial_states=torch.empty_like(grad_last, dtype=dtype),
+        z=x.new_empty(0) if args.z is None else args.z.new_empty(args.z.shape),
+        initial_states=x.new_empty(grad_last.shape, dtype=dtype),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.dispatch import implementation
 from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.ssd import chunked
 from kernels.ssd.flops import ssd_backward_flops, ssd_flops
@@ -30,20 +31,25 @@ def _forward(
     documents: Tensor | None,
     chunk_size: int,
     keep_states: bool,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
-    return chunked.forward(Arguments(*arguments), keep_states)
+    return implementation(__package__, form).forward(Arguments(*arguments), keep_states)
 
 
 @_forward.register_fake
-def _(x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size, keep_states):
+def _(
+    x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size, keep_states, form="chunked"
+):
     (batch, length, H, P), (G, N) = x.shape, B.shape[2:]
     dtype = accumulation_dtype(x)
-    last = x.new_empty(batch, H, P, N, dtype=dtype)
+    y, last = x.new_empty(x.shape), x.new_empty(batch, H, P, N, dtype=dtype)
     if not keep_states:
-        return torch.empty_like(x), last, x.new_empty(0, dtype=dtype)
+        return y, last, x.new_empty(0, dtype=dtype)
+    if form == "triton":
+        return y, last, implementation(__package__, form).kept_states(x, B, C)
     chunks = -(-length // chunk_size)
-    return torch.empty_like(x), last, x.new_empty(batch, chunks, G, N, H // G * P, dtype=dtype)
+    return y, last, x.new_empty(batch, chunks, G, N, H // G * P, dtype=dtype)
 
 
 @torch.library.custom_op("seqmix::ssd_backward", mutates_args=())
@@ -62,21 +68,27 @@ def _backward(
     initial_states: Tensor | None,
     documents: Tensor | None,
     chunk_size: int,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
-    return chunked.backward(Arguments(*arguments), kept, grad_y, grad_last)
+    backward = implementation(__package__, form).backward
+    return backward(Arguments(*arguments), kept, grad_y, grad_last)
 
 
 @_backward.register_fake
-def _(grad_y, grad_last, kept, *arguments):
+def _(
+    grad_y, grad_last, kept,
+    x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size, form="chunked",
+):  # fmt: skip
+    arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
     return chunked.new_gradients(Arguments(*arguments), grad_last)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, chunk_size, _ = inputs
+    *tensors, chunk_size, _, form = inputs
     _, last, kept = output
     ctx.save_for_backward(kept, *tensors)
-    ctx.chunk_size, ctx.state_shape = chunk_size, last.shape
+    ctx.chunk_size, ctx.form, ctx.state_shape = chunk_size, form, last.shape
     ctx.set_materialize_grads(False)  # `kept` would get a gradient of zeros of its own size
 
 
@@ -86,8 +98,10 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _:
     if grad_y is None:
         grad_y = torch.zeros_like(x)
     if grad_last is None:
-        grad_last = kept.new_zeros(ctx.state_shape)
-    grads = chunked.Gradients(*_backward(grad_y, grad_last, kept, *tensors, ctx.chunk_size))
+        grad_last = x.new_zeros(ctx.state_shape, dtype=accumulation_dtype(x))
+    grads = chunked.Gradients(
+        *_backward(grad_y, grad_last, kept, *tensors, ctx.chunk_size, ctx.form)
+    )
     grad_D = grad_initial = None
     if D is not None:
         grad_D = (grads.D if D.ndim == 2 else grads.D.sum(1)).to(D.dtype)
@@ -102,6 +116,7 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _:
         grad_D,
         None if z is None else grads.z,
         grad_initial,
+        None,
         None,
         None,
         None,
@@ -139,7 +154,7 @@ def _(x_shape: Any, dt_shape: Any, decay_shape: Any, B_shape: Any, *_: Any, **__
 
 @register_flop_formula(torch.ops.seqmix.ssd)
 def _(x_shape: Any, dt_shape: Any, decay_shape: Any, B_shape: Any, *rest: Any, **_: Any) -> int:
-    (batch, length, H, P), (G, N), chunk_size = x_shape, B_shape[2:], rest[-2]
+    (batch, length, H, P), (G, N), chunk_size = x_shape, B_shape[2:], rest[5]
     return ssd_flops(batch, length, H, P, N, G, chunk_size)
 
 
@@ -158,7 +173,7 @@ def _(
     *rest: Any,
     **_: Any,
 ) -> int:
-    (batch, length, H, P), (G, N), chunk_size = x_shape, B_shape[2:], rest[-1]
+    (batch, length, H, P), (G, N), chunk_size = x_shape, B_shape[2:], rest[2]
     return ssd_backward_flops(batch, length, H, P, N, G, chunk_size, gated=z_shape is not None)
 
 
@@ -173,11 +188,16 @@ def ssd_torch(
     initial_states: Tensor | None,
     documents: Tensor | None,
     chunk_size: int,
+    form: str = "chunked",
 ) -> tuple[Tensor, Tensor]:
-    """ssd_reference by chunks, or as a single step where there is no gradient to keep."""
+    """ssd_reference by chunks, or as a single step where there is no gradient to keep.
+
+    Args:
+        form: the module of this package that does the chunks, "chunked" or "triton".
+    """
     given = (x, dt, log_decay, B, C, D, z, initial_states)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if x.shape[1] == 1 and not grad:
         return _step(*given)
-    y, last, _ = _forward(*given, documents, chunk_size, grad)
+    y, last, _ = _forward(*given, documents, chunk_size, grad, form)
     return y, last
