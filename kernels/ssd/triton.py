@@ -65,7 +65,7 @@ def between(sums, documents, batch, c, L, Q: tl.constexpr):
         at = c * Q + steps
         number = tl.load(documents + batch * L + at, mask=at < L, other=-1)
         mask = mask & (number[:, None] == number[None])
-    return tl.where(mask, tl.exp(exponent), 0)
+    return tl.where(mask, tl.exp(tl.minimum(exponent, 0.0)), 0)
 
 
 @triton.jit

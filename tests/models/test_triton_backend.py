@@ -44,7 +44,18 @@ def results(mixer: str, backend: str) -> list[torch.Tensor]:
     return [valid.detach(), *(g for g in gradients if g is not None)]
 
 
-WITH_KERNELS = {"based", "hedgehog", "jrt", "linear_attention", "lru", "s4d"}
+WITH_KERNELS = {
+    "based",
+    "conv",
+    "hedgehog",
+    "hyena",
+    "jrt",
+    "linear_attention",
+    "lru",
+    "mamba2",
+    "monarch_mixer",
+    "s4d",
+}
 WAITING = pytest.mark.xfail(raises=BackendError, strict=True, reason="an operator has no kernel")
 
 

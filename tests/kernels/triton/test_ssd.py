@@ -133,4 +133,4 @@ MUTANTS = {
 def test_mutants_are_caught(monkeypatch, tmp_path, mutant):
     mutate(monkeypatch, tmp_path, MODULE, *mutant)
     with pytest.raises(AssertionError):
-        check(CHUNK + 3, "packed", G=2, dt=3.0)
+        check(CHUNK + 3, "packed", dt=3.0)
