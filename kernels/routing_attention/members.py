@@ -73,7 +73,7 @@ def _attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     forward = implementation(__package__, "triton").attend_runs
-    return forward(q, k, v, _runs(low, high, own, k.shape[1]), True, last_resort, scale)
+    return forward(q, k, v, _runs(low, high, own, k.shape[1]), last_resort, scale)
 
 
 @_attend.register_fake
@@ -106,7 +106,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = implementation(__package__, "triton").differentiate_runs
     runs = _runs(low, high, own, k.shape[1])
-    return backward(grad, q, k, v, runs, y, log_sum, True, last_resort, scale)
+    return backward(grad, q, k, v, runs, y, log_sum, last_resort, scale)
 
 
 @_backward.register_fake

@@ -22,7 +22,7 @@ class Runs(NamedTuple):
     askers: Tensor  # int64 (N, S) row of the query whose own key it is, -1 for none
     low: Tensor  # int32 (N, T) first place of the keys that a sorted query sees
     high: Tensor  # int32 (N, T) the place after the last
-    own: Tensor  # int32 (N, T) the place of its own key, which may lie outside
+    own: Tensor  # int32 (N, T) the place of its own key, which may lie outside; -1 for none
 
 
 def make_runs(q_groups: Tensor, k_groups: Tensor, window: int, causal: bool) -> Runs:

@@ -33,10 +33,10 @@ LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def run_of(lows, highs, owns, line, at, T, WITHIN: tl.constexpr, LAST_RESORT: tl.constexpr):
+def run_of(lows, highs, owns, line, at, T, LAST_RESORT: tl.constexpr):
     """First place and end of what the queries `at` see, own key's place, whether that counts.
 
-    WITHIN: the own key counts in the run only, where the others do.
+    Without an own key its place is -1.
     """
     there = at < T
     low = tl.load(lows + line * T + at, mask=there, other=0)
@@ -44,8 +44,6 @@ def run_of(lows, highs, owns, line, at, T, WITHIN: tl.constexpr, LAST_RESORT: tl
     own = tl.load(owns + line * T + at, mask=there, other=-1)
     inside = (own >= low) & (own < high)
     counts = own >= 0
-    if WITHIN:
-        counts = counts & inside
     if LAST_RESORT:
         counts = counts & (high - low == inside.to(tl.int32))
     return low, high, own, counts
@@ -60,13 +58,13 @@ def first_place(low, high, S):
 @triton.jit
 def attend(
     q, k, v, queries, keys, lows, highs, owns, y, log_sum,
-    scale, T, S, D: tl.constexpr, WITHIN: tl.constexpr, LAST_RESORT: tl.constexpr,
+    scale, T, S, D: tl.constexpr, LAST_RESORT: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a block of sorted queries and their l, (B, T, H), over (N, blocks)."""
     line, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     at = tl.program_id(1) * BT + tl.arange(0, BT)
-    low, high, own, counts = run_of(lows, highs, owns, line, at, T, WITHIN, LAST_RESORT)
+    low, high, own, counts = run_of(lows, highs, owns, line, at, T, LAST_RESORT)
     rows = tl.load(queries + line * T + at, mask=at < T, other=0)
     own_rows = tl.load(keys + line * S + own, mask=counts, other=0)
     q_b = load_tile(q, rows, at < T, columns, D)
@@ -98,7 +96,7 @@ def attend(
 @triton.jit
 def differentiate_q(
     q, k, v, y, grad_y, log_sum, queries, keys, lows, highs, owns, dq, inners, own_weights,
-    own_grads, scale, T, S, D: tl.constexpr, WITHIN: tl.constexpr, LAST_RESORT: tl.constexpr,
+    own_grads, scale, T, S, D: tl.constexpr, LAST_RESORT: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of sorted queries, over (N, blocks).
@@ -107,7 +105,7 @@ def differentiate_q(
     """
     line, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     at = tl.program_id(1) * BT + tl.arange(0, BT)
-    low, high, own, counts = run_of(lows, highs, owns, line, at, T, WITHIN, LAST_RESORT)
+    low, high, own, counts = run_of(lows, highs, owns, line, at, T, LAST_RESORT)
     rows = tl.load(queries + line * T + at, mask=at < T, other=0)
     own_rows = tl.load(keys + line * S + own, mask=counts, other=0)
     q_b = load_tile(q, rows, at < T, columns, D)
@@ -156,7 +154,7 @@ def differentiate_kv(
     readers_at = line * tl.cdiv(S, BS) + block
     for i in range(tl.load(firsts + readers_at), tl.load(lasts + readers_at), BT):
         at = i + tl.arange(0, BT)
-        low, high, own, _ = run_of(lows, highs, owns, line, at, T, False, False)
+        low, high, own, _ = run_of(lows, highs, owns, line, at, T, False)
         rows = tl.load(queries + line * T + at, mask=at < T, other=0)
         q_b = load_tile(q, rows, at < T, columns, D)
         g = load_tile(grad_y, rows, at < T, columns, D)
@@ -186,7 +184,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, H, D) and the log of each query's sum of exponentials, float32 (B, T, H, 1)."""
     runs = make_runs(q_groups, k_groups, window, causal)
-    return attend_runs(q, k, v, runs, False, last_resort, scale)
+    return attend_runs(q, k, v, runs, last_resort, scale)
 
 
 def backward(
@@ -206,13 +204,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     runs = make_runs(q_groups, k_groups, window, causal)
-    return differentiate_runs(grad, q, k, v, runs, y, lse, False, last_resort, scale)
+    return differentiate_runs(grad, q, k, v, runs, y, lse, last_resort, scale)
 
 
 def attend_runs(
-    q: Tensor, k: Tensor, v: Tensor, runs: Runs, within: bool, last_resort: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, runs: Runs, last_resort: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """y and l over given runs; `within`: own keys count in their query's run only."""
+    """y and l over given runs."""
     (N, T), S, D = runs.queries.shape, runs.keys.shape[1], q.shape[-1]
     y, log_sum = q.new_empty(q.shape), q.new_empty(*q.shape[:-1], 1, dtype=torch.float32)
     tiles = _tiles(D, dot_dtype(q, k, v))
@@ -220,7 +218,7 @@ def attend_runs(
         attend, (N, ceil_div(T, tiles["BT"])),
         *(x.contiguous() for x in (q, k, v)),
         runs.queries, runs.keys, runs.low, runs.high, runs.own, y, log_sum,
-        scale, T, S, D, WITHIN=within, LAST_RESORT=last_resort, **tiles,
+        scale, T, S, D, LAST_RESORT=last_resort, **tiles,
     )  # fmt: skip
     return y, log_sum
 
@@ -233,7 +231,6 @@ def differentiate_runs(
     runs: Runs,
     y: Tensor,
     lse: Tensor,
-    within: bool,
     last_resort: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +244,7 @@ def differentiate_runs(
         differentiate_q, (N, ceil_div(T, tiles["BT"])),
         q, k, v, y, grad, lse, runs.queries, runs.keys, runs.low, runs.high, runs.own,
         dq, inners, own_weights, own_grads,
-        scale, T, S, D, WITHIN=within, LAST_RESORT=last_resort, **tiles,
+        scale, T, S, D, LAST_RESORT=last_resort, **tiles,
     )  # fmt: skip
     firsts, lasts = readers(runs.low, runs.high, S, tiles["BS"])
     launch(

@@ -73,8 +73,8 @@ def test_keys_of_a_past(T):
 
 def test_few_queries_see_keys_far_apart():
     """A window wider than the row, and one of a single key."""
-    check(3 * BLOCK, window=500, B=1)
-    check(3 * BLOCK, window=1, rule="last_resort", B=1)
+    check(BLOCK + 9, window=500, B=1)
+    check(BLOCK + 9, window=1, rule="last_resort", B=1)
 
 
 def check_topw(T, kind=None, dtype=torch.float32, *, window=9, shared=True, **options):
@@ -151,7 +151,6 @@ MUTANTS = {
         "out = out * shrink[:, None] + dot", "out = out + dot"
     ),
     "a last resort that always counts": ("if LAST_RESORT:", "if LAST_RESORT and False:"),
-    "an own key that is no member": ("if WITHIN:", "if WITHIN and False:"),
 }  # fmt: skip
 
 
@@ -162,7 +161,6 @@ def test_mutants_are_caught(monkeypatch, tmp_path, mutant):
     def run():
         for rule in ("allowed", "last_resort"):
             check(BLOCK + 3, "packed", window=20, rule=rule, B=1)
-        check_topw(9, causal=False, shared=False, window=4)
 
     with pytest.raises(AssertionError):
         run()
