@@ -38,5 +38,5 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, capsys):
     assert [row["arm"] for row in written] == [row.arm for row in rows] == ["attention", "based-8"]
     with pytest.raises(ConfigError, match="a run with another model; give another out="):
         study(told(tmp_path, "study.seeds=[0]", "study.arms.attention=['model.d_model=16']"))
-    with pytest.raises(ConfigError, match=r"study\.arms\.attention: .*key_dim"):
+    with pytest.raises(ConfigError, match=r"study\.arms\.attention: .*0 features per head"):
         study(told(tmp_path, "study.arms.attention=['pattern=based','mixers.based.key_dim=0']"))
