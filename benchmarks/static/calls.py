@@ -69,6 +69,33 @@ def ssd() -> Any:
     return kernels.ssd(x, dt, -A, B, C, D=D, z=z, backend="triton")
 
 
+def attention() -> Any:
+    """B1 T256 H2 D64, causal."""
+    q, k, v = (_random(1, 256, 2, 64) for _ in range(3))
+    return kernels.attention(q, k, v, backend="triton")
+
+
+def attention_window() -> Any:
+    """B1 T256 H2 D64, a window of 64 over packed documents."""
+    q, k, v = (_random(1, 256, 2, 64) for _ in range(3))
+    segments = (torch.arange(256) // 100)[None]
+    return kernels.attention(q, k, v, window=64, segments=segments, backend="triton")
+
+
+def routing_attention() -> Any:
+    """B1 T256 H2 D64, 8 clusters, a window of 64, strict."""
+    q, k, v = (torch.randn(1, 256, 2, 64).to(BF16).requires_grad_() for _ in range(3))
+    centroids = torch.nn.functional.normalize(torch.randn(2, 8, 64), dim=-1)
+    return kernels.routing_attention(q, k, v, centroids, window=64, backend="triton")
+
+
+def estimated_sparse_attention() -> Any:
+    """B1 T128 H2 D64, 32 columns, 8 cells a row."""
+    q, k, v = (_random(1, 128, 2, 64) for _ in range(3))
+    probs = torch.rand(1, 2, 128, 32).softmax(-1)
+    return kernels.estimated_sparse_attention(q, k, v, probs, k_cells=8, backend="triton")
+
+
 def linear_recurrence() -> Any:
     """B1 T512 D256, real."""
     a, b = (_random(1, 512, 256, dtype=torch.float32) for _ in range(2))
@@ -99,6 +126,10 @@ CALLS: dict[str, Callable[[], Any]] = {
         rms_norm_gated,
         linear_cross_entropy,
         monarch,
+        attention,
+        attention_window,
+        routing_attention,
+        estimated_sparse_attention,
         causal_conv1d,
         ssd,
         selective_scan,

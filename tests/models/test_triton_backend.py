@@ -1,5 +1,7 @@
 """Every mixer in a whole model with backend=triton, interpreted, against backend=torch."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +50,15 @@ WAITING = {"hedgehog_window"}
 NO_KERNEL = pytest.mark.xfail(raises=BackendError, strict=True, reason="an operator has no kernel")
 
 
+@pytest.fixture
+def few_programs(monkeypatch):
+    """The interpreter takes programs one by one: fewer and wider ones for the scan."""
+    scan = import_module("kernels.selective_scan.triton")
+    monkeypatch.setattr(scan, "STEPS", 16)
+    monkeypatch.setattr(scan, "_CHANNELS", 64)
+
+
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(
     "mixer", [pytest.param(m, marks=NO_KERNEL) if m in WAITING else m for m in MIXERS]
 )
