@@ -40,6 +40,7 @@ class Training(LightningModule):
         report: what the layers had to say in the last micro-batch.
         tokens: positions that hold a token in the last micro-batch: padding is not counted.
         gradient_norm: before clipping, of the last update.
+        gradient_norms: of each parameter in `gradient_names`, in that order.
         lr: of the last update.
     """
 
@@ -61,6 +62,8 @@ class Training(LightningModule):
         self.report = Report()
         self.tokens: int | Tensor = 0
         self.gradient_norm = torch.zeros(())
+        self.gradient_norms = torch.zeros(0)
+        self.gradient_names: list[str] = []
         self.lr = 0.0
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -91,8 +94,12 @@ class Training(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by norm, and keep the norm: Lightning's own clipping throws it away."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        named = {n: p for n, p in self.model.named_parameters() if p.grad is not None}
+        parameters = list(named.values())
+        self.gradient_names = list(named)
+        # As nn.utils.get_total_norm computes it, which does not say what it adds up.
+        self.gradient_norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+        self.gradient_norm = torch.linalg.vector_norm(self.gradient_norms)
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
         self.lr = optimizer.param_groups[0]["lr"]
