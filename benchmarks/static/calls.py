@@ -116,6 +116,18 @@ def selective_scan() -> Any:
     return kernels.selective_scan(u, delta, A, B, C, D, z, bias, True, backend="triton")
 
 
+def decode_steps() -> Any:
+    """One token, B2 H4: linear attention K64 V64, SSD P64 N128, selective scan D64 N16."""
+    one = [_random(2, 1, 4, 64, grad=False) for _ in range(3)]
+    with torch.no_grad():
+        kernels.linear_attention(*one, return_state=True, backend="triton")
+        rates, shared = torch.rand(4), _random(2, 1, 1, 128, grad=False)
+        kernels.ssd(one[0], torch.rand(2, 1, 4), -rates, shared, shared, backend="triton")
+        u, A, B = torch.rand(2, 64, 1).to(BF16), torch.rand(64, 16), torch.rand(2, 16, 1).to(BF16)
+        kernels.selective_scan(u, u, -A, B, B, backend="triton")
+    return torch.zeros(1, requires_grad=True)
+
+
 # What to call, by name: that of the operator, and what is special about it.
 CALLS: dict[str, Callable[[], Any]] = {
     call.__name__: call
@@ -135,6 +147,7 @@ CALLS: dict[str, Callable[[], Any]] = {
         selective_scan,
         linear_recurrence,
         linear_recurrence_complex,
+        decode_steps,
     )
 }
 

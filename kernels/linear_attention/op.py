@@ -18,7 +18,7 @@ from kernels.linear_attention.flops import (
     linear_attention_flops,
 )
 from kernels.linear_attention.reference import State
-from kernels.linear_attention.step import MOST_STEPS, steps
+from kernels.linear_attention.step import MOST_STEPS
 from kernels.precision import accumulation_dtype
 from kernels.segments import first_document, last_document
 
@@ -42,12 +42,13 @@ def linear_attention_op(
         form: the module of this package that does the chunks, "chunked" or "triton".
     """
     S, z = initial_state or (None, None)
-    few = q.shape[1] <= (MOST_STEPS if segments is None else 1)
+    few = q.shape[1] <= (MOST_STEPS if segments is None and form == "chunked" else 1)
     if few and not (torch.is_grad_enabled() and _any_requires_grad(q, k, v, S, z)):
         padding = None if segments is None else segments < 0
         y, S, z = torch.ops.seqmix.linear_attention_steps(
-            q, k, v, S, z, padding, scale, normalize, eps
-        )
+            q, k, v, S, z, padding, scale, normalize, eps,
+            "triton_step" if form == "triton" else "step",
+        )  # fmt: skip
         return y, (S, z)
     state = S
     if normalize and S is not None and z is not None:
@@ -177,9 +178,27 @@ _chunked.register_autograd(_differentiate, setup_context=_save)
 _library = torch.library.Library("seqmix", "FRAGMENT")
 _library.define(
     "linear_attention_steps(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, Tensor? padding, "
-    "float scale, bool normalize, float eps) -> (Tensor, Tensor, Tensor)"
+    "float scale, bool normalize, float eps, str form='step') -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("linear_attention_steps", steps, "CompositeExplicitAutograd")
+
+
+def _steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor | None,
+    z: Tensor | None,
+    padding: Tensor | None,
+    scale: float,
+    normalize: bool,
+    eps: float,
+    form: str = "step",
+) -> tuple[Tensor, Tensor, Tensor]:
+    steps = implementation(__package__, form).steps
+    return steps(q, k, v, S, z, padding, scale, normalize, eps)
+
+
+_library.impl("linear_attention_steps", _steps, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("seqmix::linear_attention_steps", lib=_library)
@@ -193,6 +212,7 @@ def _(
     scale: float,
     normalize: bool,
     eps: float,
+    form: str = "step",
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, H, K), V = q.shape, v.shape[3]
     exact = accumulation_dtype(q, k, v)
@@ -234,6 +254,7 @@ def _(
     scale: float,
     normalize: bool,
     eps: float,
+    form: str = "step",
     out_shape: Any = None,
 ) -> int:
     (B, T, H, K), V = q, v[3]

@@ -291,5 +291,5 @@ class _Call:
         self.grid = (ceil_div(D // G, _CHANNELS), G, B)
         self.constants = {
             "CHANNELS": D, "G": G, "N": N, "SOFTPLUS": scan.delta_softplus,
-            "S": STEPS, "BD": _CHANNELS, "BN": block_of(N, 256, 1),
+            "S": block_of(L, STEPS, 1), "BD": _CHANNELS, "BN": block_of(N, 256, 1),
         }  # fmt: skip

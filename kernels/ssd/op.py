@@ -14,7 +14,6 @@ from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.ssd import chunked
 from kernels.ssd.flops import ssd_backward_flops, ssd_flops
 from kernels.ssd.spans import Arguments
-from kernels.ssd.step import step
 
 
 @torch.library.custom_op("seqmix::ssd", mutates_args=())
@@ -136,8 +135,9 @@ def _step(
     D: Tensor | None,
     z: Tensor | None,
     initial_states: Tensor | None,
+    form: str = "step",
 ) -> tuple[Tensor, Tensor]:
-    return step(x, dt, log_decay, B, C, D, z, initial_states)
+    return implementation(__package__, form).step(x, dt, log_decay, B, C, D, z, initial_states)
 
 
 @_step.register_fake
@@ -198,6 +198,6 @@ def ssd_torch(
     given = (x, dt, log_decay, B, C, D, z, initial_states)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if x.shape[1] == 1 and not grad:
-        return _step(*given)
+        return _step(*given, "triton_step" if form == "triton" else "step")
     y, last, _ = _forward(*given, documents, chunk_size, grad, form)
     return y, last
