@@ -59,6 +59,15 @@ class Trainer:
 
 
 @dataclass
+class Budget:
+    """What a run may cost; at most one of them, see training.budget."""
+
+    tokens: Annotated[float, Between(1)] | None
+    flops: Annotated[float, Between(1)] | None
+    seconds: Annotated[float, Between(0)] | None
+
+
+@dataclass
 class Train:
     """conf/config.yaml: what train.py takes."""
 
@@ -70,6 +79,7 @@ class Train:
     resume: str | None
     init_from: str | None
     compile: bool
+    budget: Budget
     data: Data
     model: Model
     trainer: Trainer

@@ -68,13 +68,13 @@ def open_folder(
     resumed: Resumed | None,
     task: Task,
     facts: dict[str, Any],
-    origins: dict[str, Any],
+    extra: dict[str, Any],
 ) -> RunFolder:
     """The folder of the run: the resumed one, or a new one with its configuration and record.
 
     Args:
         facts: of the model, for the record.
-        origins: the runs it starts from, for the record.
+        extra: further entries of the record: the runs it starts from, its budget.
 
     Raises:
         ConfigError: the resumed run was trained on other data, or run_dir is taken.
@@ -94,7 +94,7 @@ def open_folder(
         "machine": machine(),
         "data": task.facts(),
         "model": facts,
-        **origins,
+        **extra,
     }
     return RunFolder.create(path, cfg, record)
 
