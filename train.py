@@ -33,7 +33,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     from evaluation import Settings, evaluate, print_table
     from records.process import is_first_process
     from tasks.base import Task
-    from training.budget import set_steps
+    from training.budget import fitted_to_config
     from training.callbacks.signals import StopSignals
     from training.data import loader_of
     from training.fit import fit
@@ -55,16 +55,17 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     set_up_process(cfg)
     task: Task = instantiate(cfg.task)
     task.prepare()
-    budget = None if resumed else set_steps(cfg, task)
+    chosen = {} if resumed else fitted_to_config(cfg, task)
     module = build_module(cfg, task.vocab_size)
     origins = start_from(module, cfg, task, resumed)
     loader = loader_of(task, cfg, step=resumed.step if resumed else 0)
     test = Settings(prefix=cfg.objective.get("prefix_len"), samples=0, cost=False)
     validation = replace(test, protocol="windowed")
     facts = model_facts(module.model, length=rehearse(module, loader))
-    extra = origins if budget is None else {**origins, "budget": budget}
-    folder = open_folder(cfg, resumed, task, facts, extra)
+    folder = open_folder(cfg, resumed, task, facts, {**origins, **chosen})
     console.print(describe(module.model, facts))
+    for name, entry in chosen.items():
+        console.print(f"{name}: {', '.join(f'{key} {value}' for key, value in entry.items())}")
 
     def validate() -> dict[str, float]:
         result = evaluate(module.model, task, "validation", validation, console=Console(quiet=True))

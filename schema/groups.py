@@ -59,6 +59,15 @@ class Trainer:
 
 
 @dataclass
+class Match:
+    """Which cost is to be that of another network, see models.matching."""
+
+    quantity: Literal["params", "flops", "state"] | None
+    to: str | list[str] | float | None
+    key: str
+
+
+@dataclass
 class Budget:
     """What a run may cost; at most one of them, see training.budget."""
 
@@ -79,6 +88,7 @@ class Train:
     resume: str | None
     init_from: str | None
     compile: bool
+    match: Match
     budget: Budget
     data: Data
     model: Model

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from models.matching import resize
 from schema.errors import ConfigError
 from tasks.base import Task
 from training.data import loader_of
@@ -22,6 +23,24 @@ KINDS = ("tokens", "flops", "seconds")
 TRAINING_OVER_FORWARD = 3  # FLOPs
 SAMPLED = 64  # examples, for their mean length
 WARM_UP, TIMED = 2, 5  # steps, for the seconds of one
+
+
+def fitted_to_config(cfg: DictConfig, task: Task) -> dict[str, Any]:
+    """Set the size that cfg.match asks for, then the steps that cfg.budget pays for.
+
+    Returns:
+        For the record, where they ask for something: `match`, see models.matching.resize, and
+        `budget`, see set_steps.
+
+    Raises:
+        ConfigError: one of them cannot be done.
+    """
+    entries: dict[str, Any] = {}
+    if cfg.match.quantity is not None:
+        length = round(mean_length(task))
+        entries["match"] = resize(cfg, vocab_size=task.vocab_size, length=length)
+    budget = set_steps(cfg, task)
+    return entries if budget is None else {**entries, "budget": budget}
 
 
 def set_steps(cfg: DictConfig, task: Task) -> dict[str, Any] | None:
@@ -44,7 +63,7 @@ def set_steps(cfg: DictConfig, task: Task) -> dict[str, Any] | None:
     if len(given) > 1:
         raise ConfigError(f"budget={given}: expected at most one of {', '.join(KINDS)}")
     ((kind, amount),) = given.items()
-    length = _mean_length(task)
+    length = mean_length(task)
     tokens = length * task.recipe.batch_size * cfg.trainer.accumulate * cfg.trainer.devices
     with isolated_generators():
         module = build_module(cfg, task.vocab_size)
@@ -60,7 +79,7 @@ def set_steps(cfg: DictConfig, task: Task) -> dict[str, Any] | None:
     return {"kind": kind, "given": amount, "steps": steps, **expected}
 
 
-def _mean_length(task: Task) -> float:
+def mean_length(task: Task) -> float:
     """T of the training examples; a mean over some, where a task mixes lengths."""
     dataset: Any = task.train_set()
     stride = max(1, len(dataset) // SAMPLED)
