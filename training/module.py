@@ -96,9 +96,10 @@ class Training(LightningModule):
         """Clip by norm, and keep the norm: Lightning's own clipping throws it away."""
         named = {n: p for n, p in self.model.named_parameters() if p.grad is not None}
         parameters = list(named.values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
         self.gradient_names = list(named)
         # As nn.utils.get_total_norm computes it, which does not say what it adds up.
-        self.gradient_norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+        self.gradient_norms = torch.stack(torch._foreach_norm(gradients))
         self.gradient_norm = torch.linalg.vector_norm(self.gradient_norms)
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)

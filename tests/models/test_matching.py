@@ -40,14 +40,14 @@ def test_the_width_follows_through_to_the_layers() -> None:
 
 
 def test_nothing_is_matched_unasked() -> None:
-    assert resize(given(), **SIZE) is None
+    assert resize(given("pattern=attention"), **SIZE) is None
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["match.quantity=params"], "expected `to`"),
-        (["match.quantity=params", "match.to=1000"], "the nearest is model.d_model=4 with"),
+        (["match.quantity=params", "match.to=1000"], "the nearest is model.d_model=8 with"),
         (["match.quantity=params", "match.to=atention"], "atention"),
     ],
 )
