@@ -39,12 +39,13 @@ def matmul_dtype(*tensors: Tensor, low: torch.dtype | None = None) -> torch.dtyp
         dtype = torch.promote_types(dtype, t.dtype)
     if low is not None and dtype == torch.float32:
         dtype = low
-    if dtype.itemsize == 2 and tensors[0].device.type == "cpu" and not _has_amx():
+    if dtype.itemsize == 2 and tensors[0].device.type == "cpu" and not has_amx():
         return torch.float32
     return dtype
 
 
-def _has_amx() -> bool:
+def has_amx() -> bool:
+    """Whether this CPU multiplies 16-bit matrices in tiles, several times faster than float32."""
     return torch.cpu._is_amx_tile_supported()
 
 

@@ -44,7 +44,8 @@ class Trainer:
 
     accelerator: Accelerator
     devices: Positive
-    precision: Precision
+    threads: Positive | None
+    precision: Precision | Literal["auto"]
     max_steps: Positive
     accumulate: Positive
     train_batches: Positive | None

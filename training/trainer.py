@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 import torch.utils.deterministic as deterministic_settings
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
+from kernels.precision import has_amx
 from training.callbacks.checkpoints import VerifiedCheckpointIO
 from training.pages import keep_freed_pages
 
@@ -62,8 +64,18 @@ def build_trainer(
 
 
 def set_up_process(cfg: DictConfig) -> None:
-    """Seed every global generator, and keep freed pages where that is asked for."""
+    """Seed every global generator; set threads and pages as cfg.trainer asks.
+
+    A precision of "auto" becomes the one that this machine is fast in, so that the run's own
+    configuration names it.
+    """
     seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.trainer.threads is not None:
+        torch.set_num_threads(cfg.trainer.threads)
+    if cfg.trainer.precision == "auto":
+        on_cpu = cfg.trainer.accelerator == "cpu" or not torch.accelerator.is_available()
+        low = has_amx() if on_cpu else True
+        cfg.trainer.precision = "bf16" if low else "fp32"
     if cfg.trainer.keep_pages:
         keep_freed_pages()
 

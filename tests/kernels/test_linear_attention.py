@@ -69,7 +69,7 @@ def test_forms_agree(T, kind, dtype):
 @pytest.mark.parametrize("T", [37, 2 * CHUNK + 5])
 def test_products_in_bfloat16(monkeypatch, T, kind):
     """As on a CPU with AMX or a GPU; elsewhere bfloat16 inputs are widened."""
-    monkeypatch.setattr(precision, "_has_amx", lambda: True)
+    monkeypatch.setattr(precision, "has_amx", lambda: True)
     segments = documents(3, T, kind)
 
     def form(backend, *x):
