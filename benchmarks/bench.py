@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any, Literal, get_args
 
 import torch
@@ -217,11 +218,15 @@ def _call(contender: Contender, mode: str) -> Callable[[], Any]:
 
 
 def _expected_seconds(before: dict[int, Timing], length: int) -> float:
-    """From the longest length so far, as if time were quadratic."""
+    """From the two longest lengths so far; from a single one as if time were quadratic."""
     if not before:
         return 0.0
-    longest = max(before)
-    return before[longest].median * (length / longest) ** 2
+    *shorter, longest = sorted(before)
+    power = 2.0
+    if shorter:
+        growth = before[longest].median / before[shorter[-1]].median
+        power = min(2.0, max(1.0, log(growth) / log(longest / shorter[-1])))
+    return before[longest].median * (length / longest) ** power
 
 
 def _difference(first: Contender, other: Contender, tolerance: float) -> str:

@@ -48,7 +48,7 @@ def _bars() -> list[Plan]:
 
 def _short() -> list[Plan]:
     return [
-        Plan(op=op, lengths=[1, 2, 16, 256, 4096], peers=[REFERENCE], patience=1.0)
+        Plan(op=op, lengths=[1, 4, 16, 256, 4096], peers=[REFERENCE], patience=2.0)
         for op in OPERATORS
         if op not in ("linear_cross_entropy", "linear_attention_step")  # no reference over time
     ]

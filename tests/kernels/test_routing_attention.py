@@ -587,5 +587,5 @@ def test_bad_input(change, message):
 
 def test_unknown_backend():
     q, k, v = torch.rand(3, 1, 2, 1, 4)
-    with pytest.raises(BackendError, match="these can serve the call: torch, reference"):
+    with pytest.raises(BackendError, match="these can serve the call: triton, torch, reference"):
         routing_attention(q, k, v, torch.rand(1, 2, 4), window=3, backend="cuda")

@@ -192,7 +192,7 @@ def test_sizes_are_the_papers():
         ({"dt_min": 0.2}, "dt_min=0.2, dt_max=0.1: expected 0 < dt_min <= dt_max"),
         ({"init": "legt"}, "init='legt': allowed: lin, inv, quad, real, legs"),
         ({"output": "gelu"}, "output='gelu': allowed: glu, none"),
-        ({"backend": "cuda"}, "backend='cuda': allowed: auto, torch, reference"),
+        ({"backend": "cuda"}, "backend='cuda': allowed: auto, triton, torch, reference"),
     ],
 )
 def test_bad_options(options, message):

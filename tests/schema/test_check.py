@@ -61,7 +61,7 @@ TYPES = [
     ("optimizer.lr", "fast", "optimizer.lr='fast' (str): expected float"),
     ("seed", 1.5, "seed=1.5 (float): expected int"),
     ("compile", 1, "compile=1 (int): expected bool"),
-    ("foo", 1, "foo=1: unknown key; allowed: callbacks, "),
+    ("foo", 1, "foo=1: unknown key; allowed: budget, "),
     (
         "mixers.hedgehog.activation",
         "softmx",

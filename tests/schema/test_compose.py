@@ -47,7 +47,7 @@ def test_what_is_chosen_for_and_what_is_named(overrides, d_model, channel_mixer)
 WRONG = [
     ("task=wikitext13", "task=wikitext13: no such choice; did you mean wikitext103? allowed: "),
     ("model=null", "model=null: no such choice; allowed: 125m, 355m, recall, small, tiny"),
-    ("modle=tiny", "modle=tiny: unknown key; did you mean model? allowed: callbacks, "),
+    ("modle=tiny", "modle=tiny: unknown key; did you mean model? allowed: budget, "),
     ("model.d_modl=3", "model.d_modl=3: unknown key; did you mean d_model? allowed: d_model, "),
     (
         "mixers.hedgehog.feature_dmi=32",
@@ -59,7 +59,7 @@ WRONG = [
     ),
     ("model.d_model.x=3", "model.d_model.x=3: unknown key; allowed: nothing"),
     ("~nothing", "~nothing: unknown key; allowed: "),
-    ("hydra/launcher=job", "hydra/launcher=job: no such choice; allowed: "),
+    ("hydra/launcher=job", "hydra/launcher=job: no such choice; did you mean joblib? allowed: basic, "),
     ("hydra.swep.dir=x", "hydra.swep.dir=x: unknown key hydra.swep; did you mean sweep? allowed"),
     ("model@other=tiny", "Could not override 'model@other'. "),
     ("pattern=[conv,", "'pattern=[conv,' cannot be read as an override: expected key=value; "),
