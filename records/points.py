@@ -17,6 +17,7 @@ from records.atomic import write_json
 
 PointStatus = Literal["running", "finished", "failed", "interrupted"]
 FILE = "point.json"
+SWEEP = "SEQMIX_SWEEP"  # environment of a point's process: the name of its sweep
 LONGEST_NAME, LONGEST_VALUE = 80, 40
 FIRST = ("pattern", "seed", "optimizer.lr")
 # What a point is does not depend on these.

@@ -19,7 +19,7 @@ from training.callbacks.metrics import VALIDATION, Metrics
 from training.callbacks.pages import CountPageFaults
 from training.callbacks.progress import ShowProgress
 from training.callbacks.signals import StopSignals
-from training.loggers import loggers_of
+from training.loggers import loggers_of, whereabouts
 from training.module import Training
 from training.scores import Criterion
 from training.trainer import build_trainer, quiet
@@ -30,7 +30,7 @@ class Fitted:
     """What is left of the training.
 
     Attributes:
-        facts: for the record: steps, tokens, page_faults_per_step.
+        facts: for the record: steps, tokens, page_faults_per_step, and loggers where there are any.
         precision: makes the context that training ran its forward passes in.
     """
 
@@ -92,9 +92,12 @@ def fit(
         trainer = build_trainer(settings, callbacks, loggers)
         trainer.fit(module, loader, ckpt_path=checkpoint)
         module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    facts = {
+        written = [whereabouts(logger) for logger in loggers]
+    facts: dict[str, Any] = {
         "steps": trainer.global_step,
         "tokens": metrics.tokens,
         "page_faults_per_step": pages.per_step,
     }
+    if written:
+        facts["loggers"] = written
     return Fitted(facts, trainer.precision_plugin.forward_context)

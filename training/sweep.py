@@ -7,6 +7,7 @@ others run on. A sweep that is started again in the same folder does what is mis
 import contextlib
 import ctypes
 import fcntl
+import os
 import shlex
 import shutil
 import signal
@@ -23,7 +24,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from records.folder import RunFolder
-from records.points import Point, points, read_point
+from records.points import SWEEP, Point, points, read_point
 from schema.errors import ConfigError
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -109,6 +110,7 @@ def _in_a_process(told: list[str], log: Path) -> int:
     with log.open("a") as file:
         process = subprocess.Popen(
             [sys.executable, str(TRAIN), *told],
+            env={**os.environ, SWEEP: log.parent.name},
             stdout=file,
             stderr=file,
             preexec_fn=_end_with_parent,

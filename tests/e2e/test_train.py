@@ -12,6 +12,7 @@ from evaluation import Settings, evaluate
 from models.build import build_model
 from records.checkpoints import read_checkpoint
 from records.folder import RunFolder
+from records.points import SWEEP
 from schema.errors import ConfigError
 from tests.e2e.runs import TINY, start, train_here
 from training.errors import TrainingError
@@ -190,13 +191,29 @@ def test_tensorboard_by_one_key(tmp_path: Path) -> None:
     scalars = EventAccumulator(str(events.parent)).Reload().Scalars("train/loss")
     assert [each.step for each in scalars] == list(range(1, 11))
     assert [each.value for each in scalars] == pytest.approx(losses(path))
+    (written,) = RunFolder.open(path).record()["loggers"]
+    assert written == {"kind": "TensorBoardLogger", "folder": str(path)}
 
 
 @pytest.mark.slow
-def test_wandb_offline_by_one_key_in_two_runs_of_one_process(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        train_here(*SHORT, "logger=wandb", f"run_dir={tmp_path / name}")
-        assert len(list((tmp_path / name).rglob("offline-run-*/*.wandb"))) == 1
+def test_wandb_offline_by_one_key_groups_the_seeds_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three runs of one process: two seeds, and a named group outside of a sweep."""
+    monkeypatch.setenv(SWEEP, "widths")
+    told = {"a": ["seed=0"], "b": ["seed=1"], "c": ["logger.group=mine"]}
+    found = {}
+    for name, own in told.items():
+        if name == "c":
+            monkeypatch.delenv(SWEEP)
+        run = tmp_path / name
+        train_here(*SHORT, "logger=wandb", *own, f"run_dir={run}")
+        assert len(list(run.rglob("offline-run-*/*.wandb"))) == 1
+        (found[name],) = RunFolder.open(run).record()["loggers"]
+        assert Path(found[name]["folder"]).is_relative_to(run)
+    assert found["a"]["group"] == found["b"]["group"] != found["c"]["group"] == "mine"
+    assert found["a"]["id"] != found["b"]["id"]
+    assert (found["a"]["tags"], found["c"]["tags"]) == (["sweep:widths"], [])
 
 
 @pytest.mark.slow

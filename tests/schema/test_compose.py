@@ -59,7 +59,10 @@ WRONG = [
     ),
     ("model.d_model.x=3", "model.d_model.x=3: unknown key; allowed: nothing"),
     ("~nothing", "~nothing: unknown key; allowed: "),
-    ("hydra/launcher=job", "hydra/launcher=job: no such choice; did you mean joblib? allowed: basic, "),
+    (
+        "hydra/launcher=job",
+        "hydra/launcher=job: no such choice; did you mean joblib? ",
+    ),
     ("hydra.swep.dir=x", "hydra.swep.dir=x: unknown key hydra.swep; did you mean sweep? allowed"),
     ("model@other=tiny", "Could not override 'model@other'. "),
     ("pattern=[conv,", "'pattern=[conv,' cannot be read as an override: expected key=value; "),
