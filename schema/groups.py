@@ -197,6 +197,20 @@ class Compare:
     out: str | None
 
 
+@dataclass
+class Search:
+    """conf/search.yaml: what search.py takes; see training.search."""
+
+    overrides: list[str]
+    space: dict[str, Any]
+    trials: Positive
+    jobs: Positive
+    seed: Annotated[int, Between(0, 2**32 - 1)]
+    pruner: Literal["median", "none"]
+    startup: Count
+    out: str
+
+
 SCHEMAS: dict[str, type] = {
     "config": Train,
     "eval": Eval,
@@ -204,4 +218,5 @@ SCHEMAS: dict[str, type] = {
     "compare": Compare,
     "export": Export,
     "recall_study": RecallStudy,
+    "search": Search,
 }

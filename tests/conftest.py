@@ -1,7 +1,9 @@
 """Settings of the whole suite."""
 
+import logging
 import os
 
+import pytest
 import torch
 
 # Several test processes with several threads each wait for one another most of the time.
@@ -10,3 +12,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Read when a kernel is defined. With a GPU the same tests run the compiled kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    """A command run in this process sends the log where pytest's standard error was at the time."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level = handlers, level

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -29,6 +29,7 @@ from schema.errors import ConfigError
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 SINGLE = "hydra.mode=RUN"  # whatever mode an experiment asks for
+WATCH = 0.5  # seconds
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 _held: list[TextIO] = []  # the lock of the sweep that this process runs
 
@@ -49,23 +50,42 @@ def run_point(cfg: DictConfig, overrides: Sequence[str]) -> None:
     if before is not None and before.status == "finished":
         console.print(f"{folder.name}: finished before")
         return
-    told = _told(folder, [each for each in overrides if not each.startswith("sweep=")])
-    command = shlex.join(["python", "train.py", *told])
-    point = Point("running", list(overrides), command)
+    console.print(f"{folder.name}: begins, see {log_of(folder)}")
+    start = time.monotonic()
+    point = train_point(folder, [each for each in overrides if not each.startswith("sweep=")])
+    seconds = time.monotonic() - start
+    what = point.status if point.error is None else f"{point.status}: {point.error}"
+    console.print(f"{folder.name}: {what} ({seconds:.0f} s)", markup=False)
+
+
+def train_point(
+    folder: Path, overrides: Sequence[str], enough: Callable[[], bool] | None = None
+) -> Point:
+    """Make the run of a point, or go on with it, in a process of its own; what became of it.
+
+    Args:
+        enough: asked every WATCH seconds; True stops the run, with a checkpoint.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: see run_point.
+    """
+    told, log = _told(folder, list(overrides)), log_of(folder)
+    point = Point("running", list(overrides), shlex.join(["python", "train.py", *told]))
     point.write(folder)
-    start, log = time.monotonic(), folder.parent / f"{folder.name}.log"
-    console.print(f"{folder.name}: begins, see {log}")
     try:
-        exit_code = _in_a_process(told, log)
+        exit_code = _in_a_process(told, log, enough)
     except BaseException:
         point.status = "interrupted"
         point.write(folder)
         raise
     point.status, point.error = _outcome(folder, exit_code, log)
     point.write(folder)
-    seconds = time.monotonic() - start
-    what = point.status if point.error is None else f"{point.status}: {point.error}"
-    console.print(f"{folder.name}: {what} ({seconds:.0f} s)", markup=False)
+    return point
+
+
+def log_of(folder: Path) -> Path:
+    """Where the process of a point prints to."""
+    return folder.parent / f"{folder.name}.log"
 
 
 class Sweep(Callback):
@@ -74,13 +94,10 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Keep the folder for this sweep: two in one would train the same points."""
         folder = Path(config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-        _held.append(lock)  # not on self, which a launcher sends to its processes
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        lock = held(folder)
+        if lock is None:
             _end(f"error: hydra.sweep.dir={folder}: another sweep runs in this folder", 2)
+        _held.append(lock)  # not on self, which a launcher sends to its processes
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Say what became of the points; exit code 1 if one of them has no result."""
@@ -94,6 +111,18 @@ class Sweep(Callback):
             _end("\n".join([*lost, "the same command runs these again"]), 1)
 
 
+def held(folder: Path) -> TextIO | None:
+    """A lock on the folder, made where it is missing, until it is closed; None if it is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.close()
+        return None
+    return lock
+
+
 def _told(folder: Path, overrides: list[str]) -> list[str]:
     """What makes the point's run, or goes on with it."""
     try:
@@ -105,7 +134,7 @@ def _told(folder: Path, overrides: list[str]) -> list[str]:
     return [*overrides, f"run_dir={folder}", SINGLE]
 
 
-def _in_a_process(told: list[str], log: Path) -> int:
+def _in_a_process(told: list[str], log: Path, enough: Callable[[], bool] | None) -> int:
     """train.py's exit code; a negative one is the signal that killed it."""
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -117,11 +146,21 @@ def _in_a_process(told: list[str], log: Path) -> int:
         )
         with _signals_as_exits():
             try:
-                return process.wait()
+                return process.wait() if enough is None else _watched(process, enough)
             except BaseException:
                 process.send_signal(signal.SIGTERM)  # stops with a checkpoint
                 process.wait()
                 raise
+
+
+def _watched(process: subprocess.Popen, enough: Callable[[], bool]) -> int:
+    while True:
+        try:
+            return process.wait(timeout=WATCH)
+        except subprocess.TimeoutExpired:
+            if enough():
+                process.send_signal(signal.SIGTERM)
+                return process.wait()
 
 
 def _outcome(folder: Path, exit_code: int, log: Path) -> tuple[Any, str | None]:

@@ -18,7 +18,7 @@ from training.data import loader_of
 from training.module import Training
 
 FILES = {str(p.relative_to(CONF).with_suffix("")) for p in CONF.rglob("*.yaml")}
-COMMANDS = {"config", "eval", "compare", "bench", "export", "recall_study"}
+COMMANDS = {"config", "eval", "compare", "bench", "export", "recall_study", "search"}
 EVERYWHERE = {"shell", *(file for file in FILES if file.startswith("hydra/"))}
 MIXERS = {file for file in FILES if file.startswith("mixer/")}
 SWEEPS = {file for file in FILES if file.startswith("sweep/")}
