@@ -29,25 +29,28 @@ class DisjointnessConfig(Difficulty):
         vocab_size: V; elements are 4..V-1, id 0 is not used.
         first: A.
         second: B.
+        num_passes: how often both sets are shown before the answer (JRT-Prompt). Whoever reads
+            them again knows the shorter one by then, whichever came first.
     """
 
-    letters: ClassVar = {"first": "A", "second": "B"}
+    letters: ClassVar = {"first": "A", "second": "B", "num_passes": "P"}
     guess: ClassVar = "naming an element of the smaller set"
 
     vocab_size: int
     first: int
     second: int
+    num_passes: int = 1
     seq_len: int = field(init=False)
 
     def __post_init__(self) -> None:
-        require_at_least(self, first=1, second=1)
+        require_at_least(self, first=1, second=1, num_passes=1)
         if self.vocab_size - _ELEMENTS < self.first + self.second:
             raise ConfigError(
                 f"vocab_size={self.vocab_size}: expected at least "
                 f"{_ELEMENTS + self.first + self.second}, for first={self.first} and "
                 f"second={self.second} different elements"
             )
-        object.__setattr__(self, "seq_len", self.first + self.second + 3)
+        object.__setattr__(self, "seq_len", self.num_passes * (self.first + self.second + 2) + 1)
 
     @property
     def context(self) -> int:
@@ -82,9 +85,11 @@ class DisjointnessConfig(Difficulty):
         elements = _ELEMENTS + distinct(n, a + b, self.vocab_size - _ELEMENTS, rng)
         shared = elements[row, rng.integers(a, size=n)]
         elements[row, a + rng.integers(b, size=n)] = shared
-        inputs = np.empty((n, self.seq_len), np.int64)
-        inputs[:, 0], inputs[:, a + 1], inputs[:, -1] = PREFIX, SEPARATOR, ANSWER
-        inputs[:, 1 : a + 1], inputs[:, a + 2 : -1] = elements[:, :a], elements[:, a:]
+        sets = np.empty((n, a + b + 2), np.int64)
+        sets[:, 0], sets[:, a + 1] = PREFIX, SEPARATOR
+        sets[:, 1 : a + 1], sets[:, a + 2 :] = elements[:, :a], elements[:, a:]
+        answer = np.full((n, 1), ANSWER)
+        inputs = np.concatenate([np.tile(sets, self.num_passes), answer], axis=1)
         labels = np.full_like(inputs, IGNORED)
         labels[:, -1] = shared
         return inputs, labels

@@ -133,9 +133,11 @@ def circuit(config: Any, x: Row, y: Row) -> Row:
 
 
 def disjointness(config: Any, x: Row, y: Row) -> Row:
-    a = config.first
-    require((x[0], x[a + 1], x[-1]) == (1, 2, 3), "a mark is missing")
-    first, second = set(x[1 : a + 1].tolist()), set(x[a + 2 : -1].tolist())
+    a, shown = config.first, x[:-1].reshape(config.num_passes, -1)
+    sets = shown[0]
+    require((shown == sets).all(), "the sets differ between passes")
+    require((sets[0], sets[a + 1], x[-1]) == (1, 2, 3), "a mark is missing")
+    first, second = set(sets[1 : a + 1].tolist()), set(sets[a + 2 :].tolist())
     require(min(first | second) > 3, "an element is a mark")
     require((len(first), len(second)) == (a, config.second), "an element stands twice in a set")
     require(len(first & second) == 1, "the sets do not share one element")
