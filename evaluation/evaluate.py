@@ -143,6 +143,8 @@ def _recall(
 
 
 def _check_vocabulary(model: TokenModel, task: Task) -> None:
+    if model.io != task.io:
+        raise ConfigError(f"task={task.name} is for io={task.io}; the model has io={model.io}")
     if model.vocab_size != task.vocab_size:
         raise ConfigError(
             f"the model has a vocabulary of {model.vocab_size} ids, "

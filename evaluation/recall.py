@@ -4,7 +4,7 @@ B rows, T time, D model width, V vocabulary, N sequences of a slice.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def score_slice(
 def score_written(model: TokenModel, part: RecallSlice, batch_size: int = 8) -> SliceScore:
     """Let the model write a thought and an answer by itself; only the answer counts.
 
-    Greedy, from the states alone. A sequence without an answer within the length of the longest
+    Greedy, from the states alone; what the slice's environment says replaces the model's words. A sequence without an answer within the length of the longest
     example is wrong.
     """
     if part.context is None or part.answer_after is None:
@@ -143,12 +143,13 @@ def score_written(model: TokenModel, part: RecallSlice, batch_size: int = 8) -> 
     right = []
     for first in range(0, len(part.inputs), batch_size):
         rows = slice(first, first + batch_size)
-        prompt = torch.from_numpy(part.inputs[rows, :begin]).to(device)
+        prompt = torch.from_numpy(part.inputs[rows, :begin])
         written = generate(
             model,
-            prompt,
+            prompt.to(device),
             max_new_tokens=part.inputs.shape[1] - begin + 1,
             stop=lambda new: (new[:, :-1] == end).any(dim=1),
+            supply=_supplied(part, prompt),
         ).cpu()
         right.append(answers(written.numpy(), end) == last_labels(part.labels[rows]))
     length = part.inputs.shape[1]
@@ -161,6 +162,14 @@ def score_written(model: TokenModel, part: RecallSlice, batch_size: int = 8) -> 
         length,
         model.state_bytes(1, length),
     )
+
+
+def _supplied(part: RecallSlice, prompt: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """`part.environment` as `generate` asks it."""
+    environment = part.environment
+    if environment is None:
+        return None
+    return lambda new: torch.from_numpy(environment(torch.cat([prompt, new.cpu()], dim=1).numpy()))
 
 
 def answers(written: np.ndarray, end: int) -> np.ndarray:

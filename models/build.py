@@ -29,7 +29,7 @@ def build_model(cfg: Mapping[str, Any], vocab_size: int) -> TokenModel:
     """The model that `cfg` describes, initialised from torch's global generator.
 
     Reads the nodes model, pattern, mixers, channel_mixer, norm, projection, projection_in,
-    extra_tokens and memory, without which there is none. They may be OmegaConf's or plain.
+    extra_tokens, and io and memory, without which there is none. They may be OmegaConf's or plain.
 
     Raises:
         ValueError: an option that the model or one of its layers does not allow.
@@ -53,13 +53,16 @@ def build_model(cfg: Mapping[str, Any], vocab_size: int) -> TokenModel:
         embedding_dropout=size["embedding_dropout"],
         extra_tokens=cfg["extra_tokens"],
     )
-    memory = construct(cfg.get("memory"))
-    if memory is None:
-        return model
-    try:
-        return memory(model)
-    except ValueError as error:
-        raise ValueError(f"memory: {error}") from error
+    around = {key: construct(cfg.get(key)) for key in ("io", "memory")}
+    used = [key for key, wrap in around.items() if wrap is not None]
+    if len(used) > 1:
+        raise ValueError("memory: expected none with io=vectors and io=auto_encoder")
+    for key in used:
+        try:
+            return around[key](model)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    return model
 
 
 def _layer(key: str, node: Mapping[str, Any], projection: Projection) -> Any:

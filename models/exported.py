@@ -24,7 +24,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODEL_TYPE = "seqmix"
 PREFIX = "model."
 _OURS = ("layers.", "models.")  # what a config.json may ask for: it may come from anywhere
-_NODES = ("channel_mixer", "norm", "projection", "projection_in", "extra_tokens", "memory")
+_NODES = ("channel_mixer", "norm", "projection", "projection_in", "extra_tokens", "io", "memory")
 
 
 def network_of(cfg: Mapping[str, Any]) -> dict[str, Any]:

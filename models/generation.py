@@ -24,6 +24,7 @@ def generate(
     top_p: float | None = None,
     stop_token: int | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
+    supply: Callable[[Tensor], Tensor] | None = None,
     segments: Tensor | None = None,
     prefix_len: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -46,6 +47,8 @@ def generate(
             row is finished.
         stop: which rows are finished, bool (B,), judged by their new tokens (B, N) after each; what
             such a row emits from then on means nothing.
+        supply: the next token of every row, int (B,), from its new tokens (B, N) so far; -1 leaves
+            it to the model. Asked from the second new token on.
         segments: int (B, T) document numbers of the prompt, -1 for padding, on either side; the
             last document of each row is continued.
         prefix_len: int (B,) leading positions read in both directions by a prefix model.
@@ -74,6 +77,9 @@ def generate(
         while True:
             logits = nn.functional.linear(h, model.head_weight)
             token = choose_token(logits, temperature, top_k, top_p, generator)
+            if supply is not None and new:
+                given = supply(torch.stack(new, dim=1)).to(token.device)
+                token = torch.where(given < 0, token, given)
             if stop_token is not None:
                 token = torch.where(finished, stop_token, token)
                 finished = token == stop_token

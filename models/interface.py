@@ -4,7 +4,7 @@ B batch, T time, D model width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ class TokenModel(nn.Module, ABC):
     """Tokens to logits under the mixer contract: state in, state out, any split, documents apart.
 
     Attributes:
+        io: the file of conf/io/ that says how inputs are read and answers given.
         vocab_size: V.
         d_model: D.
         extra_tokens: ids from V on that can be read and are never predicted.
@@ -23,6 +24,7 @@ class TokenModel(nn.Module, ABC):
         head: makes the logits; None where it shares the embedding's matrix.
     """
 
+    io: ClassVar[str] = "tokens"
     vocab_size: int
     d_model: int
     extra_tokens: int

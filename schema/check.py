@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, get_object, instantiate
+from hydra.utils import get_class, get_method, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -107,6 +107,9 @@ def _check_training(cfg: DictConfig) -> None:
     with torch.device("meta"), _named():
         model = get_method("models.build.build_model")(cfg, vocab_size=1)
         groups = get_object("training.optim.ParameterGroups").of(model)
+    needed = get_class(cfg.task._target_).io  # type: ignore[attr-defined]
+    if model.io != needed:
+        raise ConfigError(f"io={model.io}: this task is for io={needed}")
     with _named("objective"):
         instantiate(cfg.objective)
     with _named("optimizer"):

@@ -115,9 +115,9 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
 
 
 def _refuse_network(overrides: Sequence[Override]) -> None:
-    """eval.yaml has these groups only because a text task chooses among them."""
+    """eval.yaml has these groups only because a task chooses among them."""
     for each in overrides:
-        if each.key_or_group.split(".")[0] in ("model", "channel_mixer"):
+        if each.key_or_group.split(".")[0] in ("model", "channel_mixer", "io"):
             raise ConfigError(f"{each.input_line}: eval.py takes the network of the run as it is")
 
 

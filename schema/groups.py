@@ -99,6 +99,7 @@ class Train:
     channel_mixer: Node | None
     norm: Node
     projection: Node
+    io: Node | None
     memory: Node | None
     objective: Node
     optimizer: Node
@@ -112,7 +113,7 @@ class Train:
 class Eval:
     """conf/eval.yaml: what eval.py takes.
 
-    `model` and `channel_mixer` are there because a text task chooses them, and are not used.
+    `model`, `channel_mixer` and `io` are there because a task chooses them, and are not used.
     """
 
     run: str
@@ -128,6 +129,7 @@ class Eval:
     task: Node | None
     model: Any
     channel_mixer: Any
+    io: Any
     files: list[str] | None = None
     probe: Node | None = None
 

@@ -81,11 +81,13 @@ class Task(ABC):
         recipe: how the task is usually trained.
         shuffle: whether an epoch visits the training set in random order; False walks it from
             the first item to the last, as a curriculum wants.
+        io: the file of conf/io/ that a model for this task has; see models/io.
         note: one line to be printed with every figure obtained on this task; mostly empty.
     """
 
     name: str
     kind: ClassVar[Literal["text", "recall"]]
+    io: ClassVar[Literal["tokens", "vectors", "auto_encoder"]] = "tokens"
     recipe: Recipe
     shuffle: bool = True
     note: str = ""

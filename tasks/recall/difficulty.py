@@ -22,7 +22,7 @@ class Difficulty(ABC):
     constructor.
 
     Attributes:
-        vocab_size: V, every id that inputs and labels may hold.
+        vocab_size: V, every id that labels, and but for `num_inputs` inputs, may hold.
         seq_len: L.
         letters: the short names of options in the name of a slice.
         guess: what a guesser of accuracy `chance` does.
@@ -37,7 +37,7 @@ class Difficulty(ABC):
     def generate(
         self, num_examples: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels, both (N, L), in the smallest of int16 and int32 that holds V.
+        """Inputs and labels, both (N, L), in the smallest of int16 and int32 that holds all ids.
 
         labels[t] is what to emit after reading inputs[0..t], IGNORED where nothing is asked.
         All that is random comes from `rng`.
@@ -54,6 +54,11 @@ class Difficulty(ABC):
         """Expected accuracy of naming any possible answer at random."""
 
     @property
+    def num_inputs(self) -> int:
+        """Ids that inputs may hold: V, but where an input is several of them in one number."""
+        return self.vocab_size
+
+    @property
     def context(self) -> int | None:
         """Leading positions that hold all there is to know and no question; None where questions
         stand among what they ask for.
@@ -64,6 +69,13 @@ class Difficulty(ABC):
     def answer_after(self) -> int | None:
         """The token behind which the answer stands in what a model writes by itself after
         `context` and the token that follows it; None where every label is asked for.
+        """
+        return None
+
+    @property
+    def environment(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """What puts tokens in place of the model's while it writes: (N,) of all that was read and
+        written (N, T), -1 where the model goes on by itself. None: nothing does.
         """
         return None
 

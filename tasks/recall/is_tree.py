@@ -3,6 +3,7 @@
 N examples, L length, n nodes of a graph.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
@@ -12,12 +13,12 @@ from schema.errors import ConfigError
 from tasks.base import IGNORED
 from tasks.recall.difficulty import Difficulty, in_parts, require_at_least, require_choice
 from tasks.recall.task import Recall
+from tasks.recall.tree_search import EDGE, END, EOS, NODES, answer_calls, longest, search
 
-EDGE, PAD, EOS, TRUE, FALSE, BEGIN = 3, 4, 5, 6, 7, 11  # as in the public code
-NODES = 16  # the id of node 0
+PAD, TRUE, FALSE, BEGIN = 4, 6, 7, 11  # as in the public code
 
 Family = Literal["binary", "random"]
-Thought = Literal["none", "dfs"]
+Thought = Literal["none", "dfs", "search"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class IsTreeConfig(Difficulty):
     """One difficulty: BEGIN, the n - 1 edges u - v with u > v in random order, EOS, a thought, EOS
     and TRUE or FALSE; padding follows. Labels stand from the first EOS on, for the next token.
 
-    The thought is the tour of a depth-first search from node 0 that takes neighbours in the order
-    of the edges and names a node again on each return. It ends when all is done, or after it has
-    named a node that it knows and does not return to: a cycle. A model is graded on the last token
+    The thought "dfs" is the tour of a depth-first search from node 0 that takes neighbours in the
+    order of the edges and names a node again on each return. It ends when all is done, or after it
+    has named a node that it knows and does not return to: a cycle. In "search" the same search
+    asks for fathers and neighbours instead of knowing them (tasks/recall/tree_search.py); the token
+    behind a call is given to the model, and has no label. A model is graded on the last token
     alone, behind a thought of its own; without a thought there is one EOS.
 
     Family "binary" hangs every node on one of two hubs and joins two of the others: a tree if they
@@ -40,7 +43,7 @@ class IsTreeConfig(Difficulty):
     Attributes:
         num_nodes: n.
         family: of graphs.
-        thought: "dfs" or "none".
+        thought: "dfs", "search" or "none".
         vocab_nodes: ids that are nodes, as many as the largest graph of the task needs; None is n.
     """
 
@@ -62,8 +65,9 @@ class IsTreeConfig(Difficulty):
         if nodes < self.num_nodes:
             raise ConfigError(f"vocab_nodes={nodes}: expected at least num_nodes={self.num_nodes}")
         object.__setattr__(self, "vocab_size", NODES + nodes)
-        longest = 2 * self.num_nodes + 1 if self.thought == "dfs" else 0
-        object.__setattr__(self, "seq_len", self.context + 1 + longest)
+        n = self.num_nodes
+        behind = {"none": 0, "dfs": 2 * n + 1, "search": longest(n) + 1}[self.thought]
+        object.__setattr__(self, "seq_len", self.context + 1 + behind)
 
     @property
     def context(self) -> int:
@@ -73,7 +77,12 @@ class IsTreeConfig(Difficulty):
     @property
     def answer_after(self) -> int | None:
         """See Difficulty."""
-        return EOS if self.thought == "dfs" else None
+        return None if self.thought == "none" else EOS
+
+    @property
+    def environment(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """See Difficulty."""
+        return answer_calls if self.thought == "search" else None
 
     @property
     def chance(self) -> float:
@@ -98,18 +107,23 @@ class IsTreeConfig(Difficulty):
         for i in range(rows):
             edges = make(self.num_nodes, rng)
             rng.shuffle(edges)
-            tour, reached = depth_first(self.num_nodes, edges)
+            thought, reached = self._think(edges)
             is_tree = reached == self.num_nodes
             body = [BEGIN]
             for u, v in edges:
                 body += [NODES + max(u, v), EDGE, NODES + min(u, v)]
-            after = [EOS]
-            if self.thought == "dfs":
-                after += [*(NODES + u for u in tour), EOS]
+            after = [EOS] if self.thought == "none" else [EOS, *thought, EOS]
             whole = [*body, *after, TRUE if is_tree else FALSE]
             inputs[i, : len(whole) - 1] = whole[:-1]
             labels[i, len(body) : len(whole) - 1] = whole[len(body) + 1 :]
+        labels[inputs == END] = IGNORED
         return inputs, labels
+
+    def _think(self, edges: list[tuple[int, int]]) -> tuple[list[int], int]:
+        if self.thought == "search":
+            return search(self.num_nodes, edges)
+        tour, reached = depth_first(self.num_nodes, edges)
+        return [NODES + u for u in tour], reached
 
 
 def depth_first(num_nodes: int, edges: list[tuple[int, int]]) -> tuple[list[int], int]:

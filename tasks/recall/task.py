@@ -4,7 +4,7 @@ B batch, N examples, L length of an example, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +31,7 @@ class RecallSlice:
     positions that hold all there is to know, see Difficulty, and `prefix_len` those that may be
     read in both directions. With `answer_after` a model reads the context and the token after it
     and goes on by itself: what it writes behind the first such token is its answer, which is right
-    if it is the last label.
+    if it is the last label. Tokens of the `environment`, see Difficulty, stand in place of its own.
     """
 
     name: str
@@ -43,6 +43,7 @@ class RecallSlice:
     context: int | None = None
     prefix_len: int | None = None
     answer_after: int | None = None
+    environment: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 class Recall(Task):
@@ -304,6 +305,7 @@ def _scored(
         config.context,
         config.context if prefix else None,
         config.answer_after,
+        config.environment,
     )
 
 

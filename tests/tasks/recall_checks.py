@@ -22,7 +22,7 @@ def check(inputs: np.ndarray, labels: np.ndarray, config: Difficulty) -> None:
         raise ValueError(f"inputs {inputs.shape} and labels {labels.shape}: expected two (N, L)")
     for i, (x, y) in enumerate(zip(inputs.astype(int), labels.astype(int), strict=True)):
         try:
-            require(((x >= 0) & (x < config.vocab_size)).all(), "a token beyond the vocabulary")
+            require(((x >= 0) & (x < config.num_inputs)).all(), "a token beyond the vocabulary")
             expected = SOLVERS[type(config).__name__](config, x, y)
         except ValueError as error:
             raise ValueError(f"row {i}: {error}") from None
@@ -94,6 +94,28 @@ def compositional(config: Any, x: Row, y: Row) -> Row:
     expected = ignored(x)
     expected[asked] = [value[query] for query in queries]
     return expected
+
+
+def continuous(config: Any, x: Row, y: Row) -> Row:
+    """A position is a key and a value in one number; without a value the key is asked for."""
+    k, v = config.num_kv_pairs, config.vocab_size
+    keys, values = x // v, x % v
+    require((values[k:] == 0).all(), "a value stands among the questions")
+    require((keys[:k] > 0).all() and (keys < v // 2).all(), "a key of a wrong range")
+    require((values[:k] >= v // 2).all(), "a value of a wrong range")
+    value = dict(zip(keys[:k].tolist(), values[:k].tolist(), strict=True))
+    require(len(value) == len(set(value.values())) == k, "a pair is not distinct")
+    asked = k + np.flatnonzero(keys[k:])
+    require(sorted(keys[asked]) == sorted(value), "not every key is asked for once")
+    expected = ignored(x)
+    expected[asked] = [value[key] for key in keys[asked].tolist()]
+    return expected
+
+
+def compression(config: Any, x: Row, y: Row) -> Row:
+    marker = config.vocab_size - 1
+    require(x[-1] == marker and (x[:-1] < marker).all(), "the marker does not stand at the end")
+    return x
 
 
 def associative(config: Any, x: Row, y: Row) -> Row:
@@ -329,13 +351,55 @@ def is_tree(config: Any, x: Row, y: Row) -> Row:
     require(rest[0] == eos, "EOS is missing")
     end = len(rest) - 1 if config.thought == "none" else 1 + int(np.argmax(rest[1:] == eos))
     require((rest[end + 1 :] == pad).all(), "something stands behind the end")
-    if config.thought == "dfs":
+    if config.thought != "none":
         require(rest[end] == eos, "the second EOS is missing")
+    if config.thought == "dfs":
         tour(pairs, (rest[1:end] - node).tolist())
+    if config.thought == "search":
+        require(rest[1:end].tolist() == called(pairs), "the search is another")
     expected = ignored(x)
     start = 1 + 3 * (n - 1)
     expected[start : start + end + 1] = [*rest[1 : end + 1], answers[len(reached) == n]]
+    expected[x == 13] = IGNORED  # behind a call the environment speaks
     return expected
+
+
+def called(edges: list[tuple[int, int]]) -> list[int]:
+    """The search of a graph with its calls, by recursion."""
+    edge, begin, end, failed, child, node = 3, 12, 13, 14, 15, 16
+    written: list[int] = []
+    father: dict[int, int] = {0: failed}
+
+    def call(*query: int, answer: int) -> int:
+        written.extend([begin, *query, end, answer])
+        return answer
+
+    def following(u: int, after: int | None) -> int:
+        around = [node + (b if a == u else a) for a, b in edges if u in (a, b)]
+        left = around if after is None else around[around.index(after) + 1 :]
+        return call(node + u, edge, *([] if after is None else [after]), answer=(*left, failed)[0])
+
+    def visit(u: int) -> bool:
+        after = None
+        while True:
+            written.append(node + u)
+            own = call(node + u, child, answer=father[u])
+            v = following(u, after)
+            if v == own != failed:
+                v = following(u, own)
+            if v == failed:
+                return True
+            call(v, child, answer=father.get(v - node, failed))
+            if v - node in father:
+                return False
+            written.extend([v, child, node + u])
+            father[v - node] = node + u
+            if not visit(v - node):
+                return False
+            after = v
+
+    visit(0)
+    return written
 
 
 def tour(edges: list[tuple[int, int]], visited: list[int]) -> None:
@@ -365,6 +429,8 @@ def tour(edges: list[tuple[int, int]], visited: list[int]) -> None:
 SOLVERS: dict[str, Callable[[Any, Row, Row], Row]] = {
     "ForgettingConfig": forgetting,
     "CompositionalConfig": compositional,
+    "ContinuousConfig": continuous,
+    "CompressionConfig": compression,
     "AssociativeConfig": associative,
     "InductionConfig": induction,
     "CircuitConfig": circuit,

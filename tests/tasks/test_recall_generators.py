@@ -20,6 +20,8 @@ from tasks.recall.associative import AssociativeConfig
 from tasks.recall.cgram import CGramConfig
 from tasks.recall.circuits import CircuitConfig
 from tasks.recall.compositional import CompositionalConfig
+from tasks.recall.compression import CompressionConfig
+from tasks.recall.continuous import ContinuousConfig
 from tasks.recall.counting import CountingConfig
 from tasks.recall.difficulty import ROWS, Difficulty, distinct, repeats
 from tasks.recall.forgetting import ForgettingConfig
@@ -43,6 +45,9 @@ CASES: dict[str, Difficulty] = {
     "forgetting_all": ForgettingConfig(64, 24, 4, 4, random_non_queries=False),
     "compositional": CompositionalConfig(96, 60, 9),
     "compositional_silent": CompositionalConfig(32, 24, 4, 1.0, False),
+    "continuous": ContinuousConfig(64, 24, 6),
+    "continuous_tight": ContinuousConfig(16, 14, 7, 1.0),
+    "compression": CompressionConfig(16, 32),
     "associative": AssociativeConfig(12, 21),
     "induction": InductionConfig(20, 13),
     **{
@@ -80,6 +85,8 @@ CASES: dict[str, Difficulty] = {
     "counting": CountingConfig(30, 8, 4),
     "is_tree": IsTreeConfig(7),
     "is_tree_random": IsTreeConfig(9, "random", vocab_nodes=12),
+    "is_tree_search": IsTreeConfig(7, thought="search"),
+    "is_tree_random_search": IsTreeConfig(9, "random", "search"),
     "is_tree_silent": IsTreeConfig(6, "random", "none"),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -143,7 +150,7 @@ def test_mutated_labels_are_rejected(case, mutate):
 @every_case
 def test_tokens_beyond_the_vocabulary_are_rejected(case):
     inputs, labels = made(CASES[case])
-    inputs[3, 0] = CASES[case].vocab_size
+    inputs[3, 0] = CASES[case].num_inputs
     with pytest.raises(ValueError, match="row 3: a token beyond the vocabulary"):
         check(inputs, labels, CASES[case])
 
@@ -187,6 +194,13 @@ def name_of_the_first_line(x: np.ndarray) -> None:
         ("forgetting_untouched", put(e1=7), "something else than the queries"),
         ("compositional", put(t0=40), "a key of a wrong range"),
         ("compositional", copy(2, 5), "a triple is not distinct"),
+        ("continuous", put(t0=2), "a key of a wrong range"),
+        ("continuous", put(t0=64), "a value of a wrong range"),
+        ("continuous", put(e1=64 + 40), "a value stands among the questions"),
+        ("continuous", copy(0, 1), "a pair is not distinct"),
+        ("continuous", put(e1=64, e2=64), "not every key is asked for once"),
+        ("compression", put(e1=0), "the marker does not stand at the end"),
+        ("compression", put(t0=15), "the marker does not stand at the end"),
         ("associative", put(t1=2), "a key or value of a wrong range"),
         ("associative", put(e1=11), "the query is no key"),
         ("induction", put(e1=0), "the marker does not stand twice"),
@@ -197,7 +211,7 @@ def name_of_the_first_line(x: np.ndarray) -> None:
         ("disjointness", put(e1=9), "a mark is missing"),
         ("disjointness", copy(1, 2), "an element stands twice in a set"),
         ("disjointness", put(t1=3), "an element is a mark"),
-        ("disjointness_twice", put(t14=70), "the sets differ between passes"),
+        ("disjointness_twice", put(t14=3), "the sets differ between passes"),
         ("in_context", put(t1=0), "a key or value of a wrong range"),
         ("in_context_single", put(e2=0), "the marker is missing"),
         ("noisy", put(t0=31, t1=0), "half a pair is noise"),
@@ -223,6 +237,8 @@ def name_of_the_first_line(x: np.ndarray) -> None:
         ("is_tree", put(t1=16), "an edge is not from the larger to the smaller"),
         ("is_tree", put(t19=4), "EOS is missing"),
         ("is_tree", put(t20=18), "the tour does not begin at node 0"),
+        ("is_tree_search", put(t21=3), "the search is another"),
+        ("is_tree_search", put(t25=16), "the search is another"),
         ("is_tree_silent", put(t16=4), "EOS is missing"),
     ],
 )
@@ -264,6 +280,7 @@ def values_of_the_first_key(config: Any, x: np.ndarray, y: np.ndarray) -> np.nda
 CANDIDATES: dict[str, Callable[[Any, np.ndarray, np.ndarray], np.ndarray]] = {
     "forgetting": lambda c, x, y: own_values(c, x),
     "compositional": values_of_the_first_key,
+    "continuous": lambda c, x, y: x[:, : c.context] % c.vocab_size,
     "associative": lambda c, x, y: x[:, 1::2],
     "induction": lambda c, x, y: x[:, :-1],
     "majority_odd": lambda c, x, y: np.zeros((len(x), 1)),
@@ -434,6 +451,11 @@ def test_workers_read_the_same():
         (lambda: CompositionalConfig(96, 60, 8), "num_kv_pairs=8: expected a square"),
         (lambda: CompositionalConfig(96, 50, 9), "seq_len=50: expected at least 54"),
         (lambda: CompositionalConfig(20, 60, 9), "vocab_size=20: expected thirds"),
+        (lambda: ContinuousConfig(64, 11, 6), "seq_len=11: expected at least 12"),
+        (lambda: ContinuousConfig(12, 24, 6), "vocab_size=12: expected at least 14"),
+        (lambda: ContinuousConfig(64, 24, 6, 0.0), "power_a=0.0: expected more than 0"),
+        (lambda: CompressionConfig(2, 8), "vocab_size=2: expected at least 3"),
+        (lambda: CompressionConfig(16, 1), "seq_len=1: expected at least 2"),
         (lambda: AssociativeConfig(12, 20), "seq_len=20: expected an odd number"),
         (lambda: AssociativeConfig(3, 21), "vocab_size=3: expected at least 4"),
         (lambda: InductionConfig(2, 21), "vocab_size=2: expected at least 3"),
@@ -469,6 +491,8 @@ def test_impossible_sizes_are_told_at_construction(build, said):
 LONG: dict[str, Difficulty] = {
     "forgetting": ForgettingConfig(8192, 256, 32, 16),
     "compositional": CompositionalConfig(8192, 256, 36),
+    "continuous": ContinuousConfig(8192, 256, 64),
+    "compression": CompressionConfig(128, 256),
     "associative": AssociativeConfig(40, 257),
     "induction": InductionConfig(40, 256),
     "parity": CircuitConfig("parity", 256),
