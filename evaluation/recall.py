@@ -133,8 +133,8 @@ def score_slice(
 def score_written(model: TokenModel, part: RecallSlice, batch_size: int = 8) -> SliceScore:
     """Let the model write a thought and an answer by itself; only the answer counts.
 
-    Greedy, from the states alone; what the slice's environment says replaces the model's words. A sequence without an answer within the length of the longest
-    example is wrong.
+    Greedy, from the states alone; what the slice's environment says replaces the model's words. A
+    sequence without an answer within the length of the longest example is wrong.
     """
     if part.context is None or part.answer_after is None:
         raise ValueError(f"slice {part.name!r} does not say where a model begins to write")

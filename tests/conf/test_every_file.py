@@ -30,12 +30,18 @@ PARTS = ("train", "test")  # of a recall task; its first slices are its smallest
 RUNS = {f for f in CHOICES if f.split("/")[0] in ("trainer", "logger", "callbacks", "debug")}
 # What imitates a trained model: shown by tests/e2e/test_transfer.py.
 TRANSFERS = {"objective/attention_transfer", "experiment/wikitext_small_transfer"}
+# What the default task, of tokens, has no use for.
+TASK_OF = {
+    "io/vectors": ["task=mqar_continuous"],
+    "io/auto_encoder": ["task=compression"],
+    "objective/squared_error": ["task=mqar_continuous"],
+}
 
 
 def overrides_of(file: str) -> list[str]:
     group, _, choice = file.rpartition("/")
-    teacher = ["objective.teacher=somewhere"] if file in TRANSFERS else []
-    return [f"pattern={choice}" if group == "mixer" else f"{group}={choice}", *teacher]
+    own = f"pattern={choice}" if group == "mixer" else f"{group}={choice}"
+    return [own, *(["objective.teacher=somewhere"] if file in TRANSFERS else TASK_OF.get(file, []))]
 
 
 @pytest.fixture
