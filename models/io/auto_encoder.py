@@ -125,7 +125,7 @@ class AutoEncoder(Around):
 
 
 def sinusoids(position: Tensor, width: int) -> Tensor:
-    """(..., width): sines and cosines of the positions (...), wavelengths from 2 pi to 20,000 pi."""
+    """(..., width): sines and cosines of positions (...), at wavelengths from 2 pi to 20,000 pi."""
     rate = 10_000.0 ** (-torch.arange(0, width, 2, device=position.device) / width)
     angle = position[..., None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)

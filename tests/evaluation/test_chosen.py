@@ -12,10 +12,16 @@ from schema.errors import ConfigError
 from tasks.base import IGNORED, Recipe
 from tasks.recall.associative import AssociativeRecall
 from tasks.recall.cgram import CGramRetrieval
+from tasks.recall.circuits import Circuits
 from tasks.recall.compositional import CompositionalMQAR
+from tasks.recall.compression import Compression
+from tasks.recall.continuous import ContinuousMQAR
 from tasks.recall.counting import Counting
 from tasks.recall.forgetting import ForgettingMQAR
+from tasks.recall.fuzzy import FuzzyRecall
+from tasks.recall.in_context import InContextRecall, NoisyRecall
 from tasks.recall.induction import InductionHeads
+from tasks.recall.is_tree import IsTree
 from tasks.recall.memorization import Memorization
 from tasks.recall.mqar import MQAR, MQARConfig, check_mqar
 from tasks.recall.needle import Needle
@@ -24,6 +30,7 @@ from tasks.recall.phonebook import Phonebook
 from tasks.recall.position import Index
 from tasks.recall.selective_copying import SelectiveCopying
 from tasks.recall.set_disjointness import SetDisjointness
+from tasks.recall.task import Recall
 from tests.tiny import tiny_model
 
 RECIPE = Recipe(batch_size=2, max_steps=10, lr=1e-3)
@@ -42,13 +49,26 @@ TASKS = [
     (CGramRetrieval, {"seq_len": 16, "num_symbols": 8}, 13),
     (Counting, {"seq_len": 16, "num_symbols": 8}, 13),
     (SelectiveCopying, {"seq_len": 16, "vocab_size": 16, "num_tokens": 4}, 11),
+    (ContinuousMQAR, {**OF_LENGTH_16, "num_kv_pairs": 2}, 2),
+    (IsTree, {"num_nodes": 6}, 16),
+    (IsTree, {"num_nodes": 6, "thought": "search"}, 16),
+]
+REFUSING = [
+    (Memorization, {"seq_len": 16, "vocab_size": 32}),
+    (InContextRecall, {"seq_len": 15, "vocab_size": 16}),
+    (NoisyRecall, {"seq_len": 15, "vocab_size": 32, "noise_ids": 16, "noise_fraction": 0.2}),
+    (FuzzyRecall, {"seq_len": 32, "vocab_size": 16}),
+    (Circuits, {"circuit": "parity", "seq_len": 16}),
+    (Compression, {"seq_len": 16, "vocab_size": 16}),
 ]
 
 
 def made(task, **options):
     own = {name: options[name] for name in options if name in ("seq_len", "num_kv_pairs")}
     part = [{"num_examples": 30, **own}]
-    made = task(part, part, RECIPE, **{n: x for n, x in options.items() if n not in own})
+    circuit = [options.pop("circuit")] if "circuit" in options else []  # not one of every slice
+    rest = {name: x for name, x in options.items() if name not in own}
+    made = task(*circuit, part, part, RECIPE, **rest)
     made.prepare()
     return made
 
@@ -77,8 +97,16 @@ def test_mqar_shown_twice_is_mqar_of_two_passes():
     check_mqar(twice.inputs, twice.labels, MQARConfig(96, 20, 2, 0.01, False, num_passes=2))
 
 
-def test_a_task_with_questions_in_its_context_cannot_be_shown_twice():
-    task = made(Memorization, seq_len=16, vocab_size=32)
+def test_every_task_is_shown_twice_or_refuses():
+    known = {task for task, *_ in [*TASKS, *REFUSING]}
+    assert known == {
+        task for task in Recall.__subclasses__() if task.__module__.startswith("tasks.")
+    }
+
+
+@pytest.mark.parametrize(("task", "options"), REFUSING, ids=lambda x: getattr(x, "name", ""))
+def test_a_task_with_questions_in_its_context_cannot_be_shown_twice(task, options):
+    task = made(task, **options)
     with pytest.raises(ConfigError, match=r"eval\.num_passes=2: slice .* allowed: 1"):
         chosen_slices(task, "test", Settings(num_passes=2))
 
