@@ -95,7 +95,7 @@ def test_the_environment_gives_every_answer_of_the_thought(family):
 
 def test_no_search_is_longer_than_a_tree_s():
     config = IsTreeConfig(8, "random", "search")
-    inputs, labels = config.generate(400, np.random.default_rng(1))
+    _, labels = config.generate(400, np.random.default_rng(1))
     ends = (labels != IGNORED)[:, -1]
     trees = (labels == TRUE).any(axis=1)
     assert (ends == trees).all()  # a tree's labels reach the last position, and no other's do
