@@ -1,7 +1,8 @@
 """Tiny language models of any pattern, built as the configuration builds them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import get_class
@@ -27,11 +28,19 @@ SHORT = {"sliding_window": {"window": 7}, "hedgehog_window": {"window": 7}}
 
 
 def tiny_model(
-    pattern: str | Sequence[str], *, vocab_size: int = 31, num_layers: int = 2, seed: int = 0
+    pattern: str | Sequence[str],
+    *,
+    vocab_size: int = 31,
+    num_layers: int = 2,
+    seed: int = 0,
+    mixers: Mapping[str, Mapping[str, Any]] = SHORT,
 ) -> LanguageModel:
     """A model of width 32 whose weights are so large that it predicts all sorts of tokens.
 
     Its head is not tied: a fresh model with a tied one mostly repeats what it reads.
+
+    Args:
+        mixers: options other than those of conf/mixer, by mixer.
     """
     cfg = OmegaConf.create(
         {
@@ -52,7 +61,7 @@ def tiny_model(
             "pattern": pattern if isinstance(pattern, str) else list(pattern),
         }
     )
-    cfg.mixers.merge_with(SHORT)
+    cfg.mixers.merge_with(mixers)
     torch.manual_seed(seed)
     model = build_model(cfg, vocab_size)
     with torch.no_grad():

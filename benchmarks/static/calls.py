@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels
 from kernels.prefix_linear_attention import prefix_linear_attention as prefix_attention
+from kernels.window_linear_attention import window_linear_attention as window_attention
 
 BF16 = torch.bfloat16
 
@@ -82,6 +83,14 @@ def attention_window() -> Any:
     return kernels.attention(q, k, v, window=64, segments=segments, backend="triton")
 
 
+def window_linear_attention() -> Any:
+    """B1 T256 H2 D64, 64 features, a window of 64."""
+    q, k, v, phi_q, phi_left, v_left = (_random(1, 256, 2, 64) for _ in range(6))
+    return window_attention(
+        q, k, v, phi_q, phi_left, v_left, window=64, window_weight=0.5, backend="triton"
+    )
+
+
 def routing_attention() -> Any:
     """B1 T256 H2 D64, 8 clusters, a window of 64, strict."""
     q, k, v = (torch.randn(1, 256, 2, 64).to(BF16).requires_grad_() for _ in range(3))
@@ -140,6 +149,7 @@ CALLS: dict[str, Callable[[], Any]] = {
         monarch,
         attention,
         attention_window,
+        window_linear_attention,
         routing_attention,
         estimated_sparse_attention,
         causal_conv1d,

@@ -1,7 +1,9 @@
 """The Triton form as torch operators: seqmix::attention and its gradient.
 
-The torch form needs none: torch differentiates and counts its own attention. B batch, T queries,
-S keys, H heads, G key heads, D head width.
+The torch form needs none: torch differentiates and counts its own attention. Beside the output the
+operator has each query's l, the log of its sum of exponentials, which can be differentiated, and
+on request the key of its largest score. B batch, T queries, S keys, H heads, G key heads, D head
+width.
 """
 
 from collections.abc import Sequence
@@ -30,8 +32,24 @@ def attention_op(
 ) -> Tensor:
     """The form "triton" of `attention`."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    y, _ = _attend(q, k, v, segments, causal, window, scale)
+    y, _, _ = _attend(q, k, v, segments, causal, window, scale, False)
     return y
+
+
+def attention_and_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    scale: float,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, H, D) of sliding-window attention, l in float32 and the key of the largest score.
+
+    The key is int32; both are (B, H, T), and 0 where a query sees no key.
+    """
+    return _attend(q, k, v, segments, True, window, scale, True)
 
 
 @custom_op("seqmix::attention", mutates_args=())
@@ -43,9 +61,10 @@ def _attend(
     causal: bool,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    find: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     forward = implementation(__package__, "triton").forward
-    return forward(q, k, v, segments, causal, window, scale)
+    return forward(q, k, v, segments, causal, window, scale, find)
 
 
 @_attend.register_fake
@@ -57,14 +76,17 @@ def _(
     causal: bool,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    find: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    log_sum = q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(q.shape), log_sum, q.new_empty(B, H, T * find, dtype=torch.int32)
 
 
 @custom_op("seqmix::attention_backward", mutates_args=())
 def _backward(
     grad_y: Tensor,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -76,12 +98,13 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = implementation(__package__, "triton").backward
-    return backward(grad_y, q, k, v, segments, y, log_sum, causal, window, scale)
+    return backward(grad_y, grad_log_sum, q, k, v, segments, y, log_sum, causal, window, scale)
 
 
 @_backward.register_fake
 def _(
     grad_y: Tensor,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -95,15 +118,23 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.causal, ctx.window, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.causal, ctx.window, ctx.scale, _ = inputs
+    y, log_sum, largest = output
+    ctx.mark_non_differentiable(largest)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, y, log_sum)
 
 
-def _differentiate(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _backward(grad_y, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.scale)
-    return dq, dk, dv, None, None, None, None
+def _differentiate(
+    ctx: Any, grad_y: Tensor | None, grad_log_sum: Tensor | None, _: Any
+) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        grad_y = torch.zeros_like(ctx.saved_tensors[4])
+    dq, dk, dv = _backward(
+        grad_y, grad_log_sum, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.scale
+    )
+    return dq, dk, dv, None, None, None, None, None
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
@@ -118,6 +149,7 @@ def _(
     causal: bool,
     window: int | None,
     scale: float,
+    find: bool,
     out_shape: Any = None,
 ) -> int:
     B, T, H, D = q
@@ -127,6 +159,7 @@ def _(
 @register_flop_formula(torch.ops.seqmix.attention_backward)
 def _(
     grad_y: Shape,
+    grad_log_sum: Shape | None,
     q: Shape,
     k: Shape,
     v: Shape,

@@ -1,7 +1,7 @@
 """Softmax attention on a GPU: Triton kernels, forward and backward, that keep no scores.
 
     P_ts = exp(scale q_t.k_s - l_t),  y_t = sum_s P_ts v_s,  l_t the log of the sum of exponentials
-    dP = dY V^T,  dS = P (dP - dy.y),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dY
+    dP = dY V^T,  dS = P (dP - dy.y + dl),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dY
 
 Source: Dao et al. 2022 (FlashAttention), algorithms 1 and 4; the order of loops is that of Dao
 2023 (FlashAttention-2). A block of queries walks over the run of keys that it sees, in blocks;
@@ -73,12 +73,15 @@ def parts(begin, end, low, high, PART: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, k, v, segments, lows, highs, y, log_sum,
+    q, k, v, segments, lows, highs, y, log_sum, largest,
     scale, window, T, S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a block of queries and their l, (B, H, T), over (blocks, H, B)."""
+    """Outputs of a block of queries and their l, (B, H, T), over (blocks, H, B).
+
+    `largest`, (B, H, T) or None, takes the first key that has a query's largest score.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys go first
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, columns = tl.arange(0, BT), tl.arange(0, BD)
@@ -88,6 +91,7 @@ def attend(
     most = tl.full((BT,), -float("inf"), tl.float32)
     total = tl.zeros((BT,), tl.float32)
     out = tl.zeros((BT, BD), tl.float32)
+    best = tl.zeros((BT,), tl.int32)
     for part in tl.static_range(0 if WINDOWED else 1, 3):
         first, last = parts(tl.min(low), tl.max(high), tl.max(low), tl.min(high), part, BS)
         for i in range(first, last, BS):
@@ -106,21 +110,25 @@ def attend(
             weights, shrink = tl.exp2(scores - shift[:, None]), tl.exp2(most - shift)
             out = out * shrink[:, None] + dot(weights, v_b, DOT)
             total = total * shrink + tl.sum(weights, 1)
+            if largest is not None:
+                best = tl.where(higher > most, i + tl.argmax(scores, 1), best)
             most = higher
     some = total > 0
     total = tl.where(some, total, 1)
     store_tile(y + start * D, out / total[:, None], rows * H, at < T, columns, D)
     sums = tl.where(some, most + tl.log2(total), 0) * LN_2
     store_rows(log_sum + (batch * H + head) * T, sums, at, at < T)
+    if largest is not None:
+        store_rows(largest + (batch * H + head) * T, best, at, at < T)
 
 
 @triton.jit
 def differentiate_q(
-    q, k, v, y, grad_y, log_sum, segments, lows, highs, dq, inners,
+    q, k, v, y, grad_y, grad_log_sum, log_sum, segments, lows, highs, dq, inners,
     scale, window, T, S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a block of queries, and their dy.y, (B, H, T), over (blocks, H, B)."""
+    """The gradient of a block of queries, and their dy.y - dl, (B, H, T), over (blocks, H, B)."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, columns = tl.arange(0, BT), tl.arange(0, BD)
@@ -128,6 +136,8 @@ def differentiate_q(
     low, high = span(lows, highs, window, batch * T, at, T, S, CAUSAL)
     g = load_tile(grad_y + start * D, rows * H, at < T, columns, D)
     inner = tl.sum(g * load_tile(y + start * D, rows * H, at < T, columns, D), 1)
+    if grad_log_sum is not None:
+        inner -= load_rows(grad_log_sum + (batch * H + head) * T, at, at < T)
     store_rows(inners + (batch * H + head) * T, inner, at, at < T)
     sums = load_rows(log_sum + (batch * H + head) * T, at, at < T) * LOG2_E
     q_b = load_tile(q + start * D, rows * H, at < T, columns, D)
@@ -201,23 +211,27 @@ def forward(
     causal: bool,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, D), and the log of each query's sum of exponentials, float32 (B, H, T)."""
+    find: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, H, D), the log of each query's sum of exponentials, float32 (B, H, T), and the key
+    of its largest score, int32 (B, H, T); nothing without `find`."""
     B, T, H = q.shape[:3]
     call = _Call(q, k, v, segments, causal, window)
     y, log_sum = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    largest = q.new_empty(B, H, T * find, dtype=torch.int32)
     tiles = call.tiles[attend]
     launch(
         attend, (ceil_div(T, tiles["BT"]), H, B),
-        *call.inputs, call.segments, *call.spans, y, log_sum,
+        *call.inputs, call.segments, *call.spans, y, log_sum, largest if find else None,
         scale, call.window, *call.sizes, CAUSAL=causal, WINDOWED=call.windowed,
         **tiles, **call.widths,
     )  # fmt: skip
-    return y, log_sum
+    return y, log_sum, largest
 
 
 def backward(
     grad_y: Tensor,
+    grad_log_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -228,16 +242,17 @@ def backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v from those of y and, if it was used, of l."""
     (B, T, H), (S, G) = q.shape[:3], k.shape[1:3]
     call = _Call(q, k, v, segments, causal, window)
     dq, dk, dv = (torch.empty_like(x) for x in call.inputs)
     grad_y, y, log_sum = (x.contiguous() for x in (grad_y, y, log_sum))
+    grad_log_sum = None if grad_log_sum is None else grad_log_sum.contiguous()
     inners = torch.empty_like(log_sum)
     tiles = call.tiles[differentiate_q]
     launch(
         differentiate_q, (ceil_div(T, tiles["BT"]), H, B),
-        *call.inputs, y, grad_y, log_sum, call.segments, *call.spans, dq, inners,
+        *call.inputs, y, grad_y, grad_log_sum, log_sum, call.segments, *call.spans, dq, inners,
         scale, call.window, *call.sizes, CAUSAL=causal, **tiles, **call.widths,
     )  # fmt: skip
     tiles = call.tiles[differentiate_kv]

@@ -1,18 +1,27 @@
 """Softmax over a sliding window and linear attention behind it, under one normaliser (LoLCATs)."""
 
+from functools import partial
+
 from torch import Tensor
 
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
 from kernels.linear_attention import State
-from kernels.window_linear_attention.blocks import window_linear_attention_torch
+from kernels.precision import accumulation_dtype
+from kernels.window_linear_attention.attended import attended_window_sums
+from kernels.window_linear_attention.blocks import window_sums
+from kernels.window_linear_attention.combined import combined
 from kernels.window_linear_attention.flops import window_linear_attention_flops
 from kernels.window_linear_attention.leaving import leaving
 from kernels.window_linear_attention.reference import window_linear_attention_reference
 
 __all__ = ["leaving", "window_linear_attention", "window_linear_attention_flops"]
 
-_FORMS = {"torch": window_linear_attention_torch, "reference": window_linear_attention_reference}
+_FORMS = {
+    "triton": partial(combined, attended_window_sums, "triton"),
+    "torch": partial(combined, window_sums, "torch"),
+    "reference": window_linear_attention_reference,
+}
 
 
 def window_linear_attention(
@@ -62,7 +71,7 @@ def window_linear_attention(
         return_state: return (y, state after the last token) and not y alone.
         segments: int (B, S) document numbers of the keys' positions as in `attention`; padding
             takes no place in a window, leaves the state alone, and its output is finite.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         y (B, T, H, V) in the dtype of v, and (S, z) of each row's last valid document in float32
@@ -73,7 +82,8 @@ def window_linear_attention(
         BackendError: no such backend.
     """
     _check(q, k, v, phi_q, phi_left, v_left, window, initial_state, segments)
-    form = choose("window_linear_attention", backend, _FORMS, q.device)
+    dtype = accumulation_dtype(q, k, v, phi_q, phi_left, v_left)
+    form = choose("window_linear_attention", backend, _FORMS, q.device, dtype)
     y, state = form(
         q,
         k,

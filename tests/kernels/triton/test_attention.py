@@ -106,12 +106,12 @@ def test_operators_keep_torchs_rules():
     q, k, v = inputs(5, 9, G=2, B=2, D=16, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     segments = documents(2, 9, "padded")
-    check_operator(torch.ops.seqmix.attention, (*leaves, segments, True, 4, 0.3))
+    check_operator(torch.ops.seqmix.attention, (*leaves, segments, True, 4, 0.3, True))
     q, k, v = (x.detach() for x in leaves)
-    y, log_sum = torch.ops.seqmix.attention(q, k, v, segments, True, 4, 0.3)
-    check_operator(
-        torch.ops.seqmix.attention_backward, (y, q, k, v, segments, y, log_sum, True, 4, 0.3)
-    )
+    y, log_sum, _ = torch.ops.seqmix.attention(q, k, v, segments, True, 4, 0.3, False)
+    for dl in (None, log_sum):
+        arguments = (y, dl, q, k, v, segments, y, log_sum, True, 4, 0.3)
+        check_operator(torch.ops.seqmix.attention_backward, arguments)
 
 
 def test_flops_are_those_of_the_formula():
