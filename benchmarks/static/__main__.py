@@ -40,9 +40,12 @@ def main() -> None:
         sys.exit("error: TRITON_INTERPRET=1 is set; kernels are compiled only without it")
     from benchmarks.static.page import figures, page
 
-    found = figures(calls)
-    counted = _counted(calls)
-    text = page(found, counted)
+    with _counting(calls) as counting:  # while this process compiles
+        found = figures(calls)
+        counted, _ = counting.communicate()
+    if counting.returncode:
+        sys.exit(f"error: counting the work of the kernels failed: exit code {counting.returncode}")
+    text = page(found, json.loads(counted))
     print(text)
     if not options.calls:
         PAGE.write_text(text)
@@ -52,13 +55,10 @@ def main() -> None:
         sys.exit("\n".join(["error:", *wrong]))
 
 
-def _counted(calls: list[str]) -> dict[str, dict[str, dict[str, int]]]:
+def _counting(calls: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.static", "--count", *calls]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(done.stdout)
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 if __name__ == "__main__":
