@@ -32,8 +32,8 @@ MOST_POINTS = 16384  # of it, per head
 class KMeansRouter(nn.Module):
     """K centroids of unit length per head, state that no gradient trains.
 
-    In training the first forward pass draws them from its own tokens (k-means++, then Lloyd's
-    algorithm), in every process those of the first. Each forward pass adds up its tokens by
+    In training the first forward pass draws them from its tokens, those of all processes
+    (k-means++, then Lloyd's algorithm). Each forward pass adds up its tokens by
     cluster; `after_step`, called once per update of the parameters, sums that over all processes
     and moves the centroids. Evaluation, decoding and the second forward pass of activation
     checkpointing leave no trace.
@@ -160,6 +160,9 @@ class KMeansRouter(nn.Module):
         self._ready = bool(self.initialised)
         if self._ready:
             return
+        if _distributed():
+            vectors = [_whole_batch(x) for x in vectors]
+            valid = None if valid is None else _whole_batch(valid)
         if not _distributed() or dist.get_rank() == 0:
             self._draw(vectors, valid)
         if _distributed():
@@ -217,3 +220,13 @@ class KMeansRouter(nn.Module):
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _whole_batch(x: Tensor) -> Tensor:
+    """x (B, ...) of all n processes, (n B, ...), in the order in which one would have had them.
+
+    They take turns at the examples of a batch (training/data.py).
+    """
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)

@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from tests.kernels.coverage import table
+
 # Several test processes with several threads each wait for one another most of the time.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,3 +23,9 @@ def log_as_before():
     handlers, level = list(root.handlers), root.level
     yield
     root.handlers[:], root.level = handlers, level
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the kernels' tests covered; asked of the process that gathers the reports."""
+    reports = (r for kind in terminalreporter.stats.values() for r in kind)
+    terminalreporter.write(table(r for r in reports if isinstance(r, pytest.TestReport)))

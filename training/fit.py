@@ -20,6 +20,7 @@ from training.callbacks.pages import CountPageFaults
 from training.callbacks.progress import ShowProgress
 from training.callbacks.signals import StopSignals
 from training.loggers import loggers_of, whereabouts
+from training.memory import enough_memory
 from training.module import Training
 from training.scores import Criterion
 from training.trainer import build_trainer, quiet
@@ -63,7 +64,7 @@ def fit(
         criterion: which of these scores says what is best.
 
     Raises:
-        TrainingError: a loss or a gradient was not finite.
+        TrainingError: a loss or a gradient was not finite, or memory did not suffice.
     """
     settings = cfg.trainer
     step = 0 if checkpoint is None else step_of(checkpoint)
@@ -90,7 +91,9 @@ def fit(
     callbacks = [pages, signals, metrics, checkpoints, ShowProgress(metrics, console), *extra]
     with quiet(), loggers_of(cfg, folder, step) as loggers:
         trainer = build_trainer(settings, callbacks, loggers)
-        trainer.fit(module, loader, ckpt_path=checkpoint)
+        precision = trainer.precision_plugin.forward_context
+        with enough_memory(module, loader, precision):
+            trainer.fit(module, loader, ckpt_path=checkpoint)
         module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
         written = [whereabouts(logger) for logger in loggers]
     facts: dict[str, Any] = {
@@ -100,4 +103,4 @@ def fit(
     }
     if written:
         facts["loggers"] = written
-    return Fitted(facts, trainer.precision_plugin.forward_context)
+    return Fitted(facts, precision)

@@ -37,6 +37,13 @@ def set_generator_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
+def seed_generators(seed: int) -> None:
+    """Of Python, numpy and torch, of every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def isolated_generators() -> Iterator[None]:
     """Whatever the block draws from the global generators, they are afterwards as before."""

@@ -1,7 +1,8 @@
 """A run from the outside: its folder, its record, and how it ends."""
 
+import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from records.process import is_first_process
 from schema.errors import ConfigError
 from tasks.base import Batch, Task
 from training.callbacks.signals import Interrupted
+from training.errors import TrainingError
 from training.module import Training
 from training.optim import ParameterGroups
 from training.resume import Resumed, check_data, differences, reopen
 from training.rng import isolated_generators
+
+_WORKER = "DataLoader worker"  # how torch's message of a dead one begins
 
 
 def rehearse(module: Training, loader: DataLoader) -> int:
@@ -110,6 +114,7 @@ def recorded(
 
     Raises:
         ConfigError: another process is training this run.
+        TrainingError: the disk is full, or a data worker was killed.
         SystemExit: a signal stopped the run, which is no failure: 0 for SIGTERM, 130 for Ctrl-C.
     """
     entries: dict[str, Any] = {}
@@ -133,6 +138,21 @@ def recorded(
             raise SystemExit(interruption.exit_code) from None
         except BaseException as error:
             message = " ".join(f"{type(error).__name__}: {error}".split())
-            folder.close("failed", error=message, **entries)
-            raise
+            with suppress(OSError):  # on a full disk the record stays "running", as after a kill
+                folder.close("failed", error=message, **entries)
+            told = _machines_fault(error, folder)
+            if told is None:
+                raise
+            raise TrainingError(told) from error
         folder.close("finished", **entries)
+
+
+def _machines_fault(error: BaseException, folder: RunFolder) -> str | None:
+    """In a line, what no change of this program or of its options would mend; None for the rest."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = "no space left on the disk"
+    elif isinstance(error, RuntimeError) and _WORKER in str(error):
+        what = "a data worker was killed"
+    else:
+        return None
+    return f"{folder.path}: {what}; resume={folder.path} goes on from the last checkpoint"

@@ -93,6 +93,8 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Keep the folder for this sweep: two in one would train the same points."""
+        if "Slurm" in config.hydra.launcher._target_ and shutil.which("srun") is None:
+            _end("error: hydra/launcher=slurm: there is no srun here, this is no Slurm cluster", 2)
         folder = Path(config.hydra.sweep.dir)
         lock = held(folder)
         if lock is None:

@@ -56,6 +56,7 @@ def command(*arguments: str) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_and_is_evaluated(options: list[str], tmp_path: Path) -> None:
     path, straight = tmp_path / "run", tmp_path / "straight"
     command(*options, f"run_dir={path}", "trainer.max_steps=3")

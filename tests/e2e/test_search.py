@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 from records.folder import RunFolder
 from records.points import points
+from schema.errors import ConfigError
 from tests.e2e.runs import ROOT, TINY
+from training.search import Plan
 
 SHORT = (*TINY, "trainer.max_steps=20", "trainer.validate_every=10")
 RATES = "space={optimizer.lr: {low: 1e-4, high: 1e-2, log: true}}"
@@ -42,11 +45,7 @@ def trials(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("told", "line"),
     [
-        (["space={}"], "space={}: expected a key and what it may be"),
-        (["space={optimizer.lr: 1}"], "space.optimizer.lr=1: expected a list of choices, or"),
-        (["space={optimizer.lr: {low: 2, high: 1}}"], "expected low < high"),
         (["space={optimizer.lr: [fast]}"], "optimizer.lr='fast' (str): expected float"),
-        (["space={optimiser.lr: [1.0]}"], "unknown key"),
         ([RATES, "trials=0"], "trials=0 (int): expected int of at least 1"),
         ([], "space: missing"),
     ],
@@ -59,6 +58,24 @@ def test_bad_input_is_one_line(tmp_path, told, line):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "space={}: expected a key and what it may be"),
+        ({"optimizer.lr": 1}, "space.optimizer.lr=1: expected a list of choices, or"),
+        ({"optimizer.lr": []}, "expected a list of choices, or"),
+        ({"optimizer.lr": {"low": 2, "high": 1}}, "expected low < high"),
+        ({"optimizer.lr": {"low": 0, "high": 1, "log": True}}, "above 0 with log"),
+        ({"optimizer.lr": {"low": 1e-4, "high": 1e-2, "steps": 3}}, "expected a list of choices"),
+        ({"optimiser.lr": [1.0]}, "unknown key"),
+    ],
+)
+def test_a_space_that_is_none(tmp_path, space, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Plan(SHORT, space, trials=1, jobs=1, seed=0, pruner="none", startup=1, out=str(tmp_path))
+
+
+@pytest.mark.slow
 def test_a_search_ends_where_asked_and_goes_on_from_there(tmp_path):
     code, output = finish(search(tmp_path, RATES, "trials=1"))
     assert code == 0, output

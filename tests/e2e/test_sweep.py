@@ -18,11 +18,11 @@ SHORT = (*TINY, "trainer.max_steps=20", "trainer.validate_every=10")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process signals of Linux")
 
 
-def sweep(folder: Path, *overrides: str) -> subprocess.Popen:
+def sweep(folder: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     """train.py -m in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "train.py", "-m", *SHORT, f"hydra.sweep.dir={folder}", *overrides],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -69,6 +69,40 @@ def test_launchers(tmp_path, launcher):
     assert len(by_status(tmp_path)["finished"]) == 2
     for folder in points(tmp_path):
         assert steps(folder) == list(range(1, 21))
+
+
+def test_the_script_for_slurm(tmp_path):
+    """What sbatch is handed, which here keeps it and refuses."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nfor last; do :; done\ncp "$last" {tmp_path}/script\nexit 1\n')
+    sbatch.chmod(0o755)
+    (tmp_path / "srun").symlink_to(sbatch)
+    process = sweep(
+        tmp_path / "sweep", "seed=0,1", "hydra/launcher=slurm", "hydra.launcher.partition=long",
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    code, output = finish(process)
+    assert code != 0, output
+    script = (tmp_path / "script").read_text()
+    asked = dict(
+        line.removeprefix("#SBATCH --").split("=", 1)
+        for line in script.splitlines()
+        if line.startswith("#SBATCH --") and "=" in line
+    )
+    wanted = {
+        "partition": "long", "time": "1440", "cpus-per-task": "8", "gpus-per-node": "1",
+        "mem": "64GB", "signal": "USR2@120", "array": "0-1%2",
+    }  # fmt: skip
+    assert asked.items() >= wanted.items(), script
+    assert f"{sys.executable} -u -m submitit.core._submit" in script
+
+
+def test_without_slurm_it_is_one_line(tmp_path):
+    told = ("seed=0,1", "hydra/launcher=slurm")
+    code, output = finish(sweep(tmp_path, *told, env={"PATH": str(tmp_path)}))
+    assert (code, output) == (
+        2, "error: hydra/launcher=slurm: there is no srun here, this is no Slurm cluster\n"
+    )  # fmt: skip
 
 
 @pytest.mark.slow

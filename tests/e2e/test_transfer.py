@@ -102,6 +102,7 @@ def test_stage_1_teaches_the_maps_and_leaves_the_rest(teacher, stage_1):
     }
 
 
+@pytest.mark.slow
 def test_stage_2_goes_on_from_stage_1_and_finetunes_all(teacher, stage_1, stage_2):
     before, after = scored(stage_2)[0], scored(stage_2)[-1]
     best = min(scored(stage_1)[1:], key=lambda row: row["validation/loss"])
@@ -126,6 +127,7 @@ def test_the_record_names_where_a_run_comes_from(teacher, stage_1, stage_2):
     assert "teacher" not in teacher.record()
 
 
+@pytest.mark.slow
 def test_a_resumed_transfer_has_the_same_teacher_and_the_same_numbers(
     place, text, teacher, stage_1
 ):
@@ -157,6 +159,7 @@ def test_a_run_of_next_tokens_starts_from_another(place, text, stage_1, capsys):
     assert "step 0/10  validation loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_window_hybrid_is_converted_and_its_parts_are_scored(place, text, teacher):
     window = ("pattern=hedgehog_window", "mixers.hedgehog_window.window=8")
     options = (*text, *CONVERT, *window, f"objective.teacher={teacher.path}")

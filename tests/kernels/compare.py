@@ -19,11 +19,15 @@ from kernels.launch import interpreting
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 
 
+COMPARED: list[str] = []  # what was held against a reference in this process
+
+
 def assert_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
     """Finite, of one shape; relative RMS error below `tolerance`, the worst element below 20 times.
 
     Where `expected` vanishes, the error counts as if its RMS were 0.01: gradients that cancel.
     """
+    COMPARED.append(what)
     assert got.shape == expected.shape, f"{what}: {tuple(got.shape)} for {tuple(expected.shape)}"
     assert got.isfinite().all(), f"{what}: not finite"
     if not got.numel():

@@ -21,17 +21,26 @@ class OutOfBounds(AssertionError):
     """A kernel wrote beside one of its arguments."""
 
 
+class Launches(list[str]):
+    """Names of the kernels that were launched, and each with the shapes it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[str] = set()
+
+
 @contextmanager
-def guarded_memory() -> Iterator[list[str]]:
+def guarded_memory() -> Iterator[Launches]:
     """Every tensor that a kernel is given lies between two stretches of NaN, checked afterwards.
 
-    A read outside brings NaN into the result, a write outside raises OutOfBounds. Yields the names
-    of the kernels that were launched.
+    A read outside brings NaN into the result, a write outside raises OutOfBounds.
     """
-    launched = []
+    launched = Launches()
 
     def launcher(kernel: Any, grid: Grid, args: tuple, settings: dict[str, Any]) -> None:
         launched.append(kernel.__name__)
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in args]
+        launched.shapes.add(f"{kernel.__module__}.{kernel.__name__}{shapes}")
         kept = {}  # the same tensor twice is one memory
         for x in args:
             if isinstance(x, Tensor) and id(x) not in kept:

@@ -242,6 +242,7 @@ def test_maps_learn_to_imitate_softmax(activation):
     assert after < before / 4
 
 
+@pytest.mark.slow
 def test_what_was_learned_is_softmax_in_rank_and_in_entropy():
     """After 400 steps: rank correlation 0.956, entropy 3.32 for the teacher's 3.18."""
     drawn = [HedgehogFeatureMap(2, 32) for _ in "qk"]

@@ -478,6 +478,7 @@ def test_imitation_loss_of_packed_documents_is_that_of_each():
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.slow
 def test_imitation_learns_where_the_teacher_looks():
     """The estimate's KL falls by more than half in 30 steps; the teacher stays as it is."""
     torch.manual_seed(1)

@@ -161,6 +161,7 @@ def test_full_size_adds_one_percent():
     assert 1.45 < times < 1 + (495 + 32 + 4) / L
 
 
+@pytest.mark.slow
 def test_a_value_four_segments_back_is_recalled():
     """Planted in the first segment, asked for in the fifth, among tokens that say nothing."""
     values, size, steps = 8, 32, 120

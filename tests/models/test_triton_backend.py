@@ -55,8 +55,13 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(scan, "_CHANNELS", 64)
 
 
+FAST = ("based", "hedgehog_window", "mamba2", "routing")  # the others take the interpreter minutes
+
+
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(m, marks=[] if m in FAST else pytest.mark.slow) for m in MIXERS]
+)
 def test_equals_the_torch_backend(mixer):
     expected = results(mixer, "torch")
     with guarded_memory() as launched:

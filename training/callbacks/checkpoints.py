@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from records.checkpoints import Best, CheckpointStore, read_checkpoint, write_checkpoint
 from training.callbacks.metrics import Metrics
 from training.callbacks.signals import StopSignals
-from training.rng import generator_states, set_generator_states
+from training.rng import generator_states, seed_generators, set_generator_states
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -36,7 +36,9 @@ class Checkpoints(Callback):
 
     A checkpoint is only ever written between two steps, when every step so far was finite, and
     after the step's row of metrics is on the disk. It holds the states of the global generators of
-    every process, and the first batch after a resume begins with them.
+    every process, and the first batch after a resume begins with them. That of a new run begins
+    with those there were when this was made, in the first process, and with others in the others:
+    where there are several, Lightning seeds them all alike in between.
 
     Args:
         store: where checkpoints are kept.
@@ -69,6 +71,8 @@ class Checkpoints(Callback):
         self.best: Best | None = None
         self.step = 0
         self._generators: list[dict[str, Any]] | None = None
+        self._begun = False
+        self._own = generator_states()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
@@ -76,9 +80,15 @@ class Checkpoints(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._begun:
+            return
+        self._begun = True
         if self._generators is not None:
             set_generator_states(self._generators[trainer.global_rank])
-            self._generators = None
+        elif trainer.global_rank == 0:
+            set_generator_states(self._own)
+        else:
+            seed_generators(torch.initial_seed() + trainer.global_rank)
 
     def on_train_batch_end(
         self,

@@ -33,7 +33,7 @@ def test_lengths(T, pairs):
 
 @pytest.mark.parametrize("D", [24, 70])
 def test_widths(D):
-    check(STEPS + 1, D)
+    check(9, D)
 
 
 @pytest.mark.parametrize("shrink", [1e-4, 50.0])

@@ -1,0 +1,135 @@
+"""Two processes train as one does: the same rows, the same losses, the same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from records.checkpoints import read_checkpoint
+from records.folder import RunFolder
+from tests.e2e.runs import ROOT, TINY, train_here, wait_for
+from tests.tiny import MIXERS, SHORT
+
+STEPS = 20
+RUN = (
+    *TINY,
+    "model.dropout=0",
+    "model.num_layers=3",
+    f"trainer.max_steps={STEPS}",
+    "trainer.validate_every=10",
+    # Fewer than there are different tokens: centroids on one spot take them by the last bit.
+    "mixers.routing.num_clusters=3",
+    "mixers.routing_topw.num_clusters=3",
+    *(
+        f"mixers.{name}.{key}={value}"
+        for name, node in SHORT.items()
+        for key, value in node.items()
+    ),
+)
+MIXED = "pattern=[conv,routing,attention]"
+GROUPS = [MIXERS[i : i + 3] for i in range(0, len(MIXERS), 3)]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(path: Path, *overrides: str, processes: int = 2) -> list[str]:
+    """Of some processes, which share the batch that one would have."""
+    return [
+        sys.executable, "train.py", *RUN, *overrides, f"run_dir={path}",
+        f"trainer.devices={processes}", f"task.recipe.batch_size={4 // processes}",
+    ]  # fmt: skip
+
+
+def together(path: Path, *overrides: str) -> RunFolder:
+    """The run of two processes."""
+    done = subprocess.run(
+        command(path, *overrides), cwd=ROOT, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("run folder: ") == 1, "one process speaks for all"
+    return RunFolder.open(path)
+
+
+def assert_same_training(run: RunFolder, other: RunFolder) -> None:
+    """Losses and scores to 1e-5; weights and what layers keep to what Adam makes of that."""
+    rows, others = run.metrics(), other.metrics()
+    assert len(rows) == len(others) == STEPS
+    for row, its in zip(rows, others, strict=True):
+        assert row.keys() == its.keys()
+        assert row["tokens"] == its["tokens"]
+        for name in {"train/loss", "train/gradient_norm", "validation/accuracy"} & row.keys():
+            assert row[name] == pytest.approx(its[name], rel=1e-5, abs=1e-5), (row, its)
+    ours, theirs = (
+        read_checkpoint(each.checkpoints.path(STEPS))["state_dict"] for each in (run, other)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+        else:
+            assert torch.equal(value, theirs[name]), name
+
+
+def check(tmp_path: Path, pattern: list[str]) -> None:
+    told = f"pattern=[{','.join(pattern)}]"
+    train_here(*RUN, told, f"run_dir={tmp_path / 'one'}")
+    assert_same_training(together(tmp_path / "two", told), RunFolder.open(tmp_path / "one"))
+
+
+def test_attention_convolution_and_centroids(tmp_path: Path) -> None:
+    check(tmp_path, ["conv", "routing", "attention"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", GROUPS, ids="-".join)
+def test_every_mixer(tmp_path: Path, pattern: list[str]) -> None:
+    check(tmp_path, pattern)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_is_evaluated_by_one(tmp_path: Path) -> None:
+    """A checkpoint has one layout, however many processes wrote it."""
+    run = together(tmp_path / "run", MIXED)
+    scored = run.evaluation("mqar")["slices"]
+    done = subprocess.run(
+        [sys.executable, "eval.py", f"run={run.path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run.evaluation("mqar")["slices"] == scored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_killed_process_ends_the_run_which_goes_on(tmp_path: Path, number: int) -> None:
+    whole = together(tmp_path / "whole", MIXED)
+    path = tmp_path / "run"
+    process = subprocess.Popen(
+        command(path, MIXED), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(RunFolder(path).checkpoints.path(10), process)
+    os.kill(processes(path)[number], signal.SIGKILL)
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while processes(path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes(path), "the other one has ended too"
+    done = subprocess.run(
+        [sys.executable, "train.py", f"resume={path}"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_training(RunFolder.open(path), whole)
+
+
+def processes(path: Path) -> list[int]:
+    """Those that train the run at `path`, the first one first."""
+    found = subprocess.run(["pgrep", "-f", f"run_dir={path}"], capture_output=True, text=True)
+    return sorted(int(pid) for pid in found.stdout.split())
