@@ -11,6 +11,7 @@ import torch.utils.deterministic as deterministic_settings
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 from kernels.precision import has_amx
@@ -45,6 +46,8 @@ def build_trainer(
     return Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
+        # Some parameters wait for what a batch need not have: a prefix, a second segment.
+        strategy=DDPStrategy(find_unused_parameters=True) if settings.devices > 1 else "auto",
         precision=PRECISIONS[settings.precision],
         deterministic=settings.deterministic,
         max_steps=settings.max_steps,
