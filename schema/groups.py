@@ -44,6 +44,7 @@ class Trainer:
 
     accelerator: Accelerator
     devices: Positive
+    strategy: Literal["ddp", "fsdp"]
     threads: Positive | None
     precision: Precision | Literal["auto"]
     max_steps: Positive

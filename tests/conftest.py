@@ -10,7 +10,8 @@ from tests.kernels.coverage import table
 
 # Several test processes with several threads each wait for one another most of the time.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which torch has read by now
 # Read when a kernel is defined. With a GPU the same tests run the compiled kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from models.restore import restore
 from records.checkpoints import step_of
 from records.folder import RunFolder
 from training.callbacks.checkpoints import Checkpoints
@@ -94,6 +95,9 @@ def fit(
         precision = trainer.precision_plugin.forward_context
         with enough_memory(module, loader, precision):
             trainer.fit(module, loader, ckpt_path=checkpoint)
+        if settings.strategy == "fsdp" and trainer.is_global_zero:
+            data = folder.record()["data"]  # this process has had a part of the network
+            module.model, _ = restore(folder, "last", cfg, module.model.vocab_size, data)
         module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
         written = [whereabouts(logger) for logger in loggers]
     facts: dict[str, Any] = {

@@ -16,6 +16,7 @@ from models.build import build_model
 from models.interface import TokenModel
 from training.objectives import Loss
 from training.optim import ParameterGroups
+from training.parallel import shard, whole
 
 Objective = Callable[..., Loss]
 
@@ -99,11 +100,16 @@ class Training(LightningModule):
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.gradient_names = list(named)
         # As nn.utils.get_total_norm computes it, which does not say what it adds up.
-        self.gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        self.gradient_norms = whole(torch.stack(torch._foreach_norm(gradients)))
         self.gradient_norm = torch.linalg.vector_norm(self.gradient_norms)
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
         self.lr = optimizer.param_groups[0]["lr"]
+
+    def configure_model(self) -> None:
+        """Spread the network over the devices where the strategy asks for it."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimizer over the marked parameter groups, its rate set before every update."""

@@ -19,6 +19,7 @@ from training.scores import scores
 # the numbers of the steps already made.
 CHANGEABLE = (
     "trainer.max_steps",
+    "trainer.strategy",
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",

@@ -11,12 +11,12 @@ import torch.utils.deterministic as deterministic_settings
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 from kernels.precision import has_amx
 from training.callbacks.checkpoints import VerifiedCheckpointIO
 from training.pages import keep_freed_pages
+from training.parallel import strategy_of
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
@@ -46,8 +46,7 @@ def build_trainer(
     return Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
-        # Some parameters wait for what a batch need not have: a prefix, a second segment.
-        strategy=DDPStrategy(find_unused_parameters=True) if settings.devices > 1 else "auto",
+        strategy=strategy_of(settings),
         precision=PRECISIONS[settings.precision],
         deterministic=settings.deterministic,
         max_steps=settings.max_steps,

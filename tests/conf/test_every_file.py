@@ -28,6 +28,7 @@ CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - SWEEPS - STUDIES - PROBES
 PARTS = ("train", "test")  # of a recall task; its first slices are its smallest
 # What says how a run goes rather than what is trained: shown by a whole run.
 RUNS = {f for f in CHOICES if f.split("/")[0] in ("trainer", "logger", "callbacks", "debug")}
+GPUS = {"trainer/gpu", "trainer/ddp", "trainer/fsdp"}
 # What imitates a trained model: shown by tests/e2e/test_transfer.py.
 TRANSFERS = {"objective/attention_transfer", "experiment/wikitext_small_transfer"}
 # What the default task, of tokens, has no use for.
@@ -125,7 +126,7 @@ def takes_a_step(cfg):
     assert any(not torch.equal(before[name], w) for name, w in module.model.state_dict().items())
 
 
-@pytest.mark.parametrize("composed", sorted(RUNS - {"trainer/gpu", "logger/wandb"}), indirect=True)
+@pytest.mark.parametrize("composed", sorted(RUNS - GPUS - {"logger/wandb"}), indirect=True)
 def test_it_runs(composed, tmp_path):
     cfg = tiny(composed, tmp_path)
     cfg.run_dir = "run"
@@ -136,9 +137,7 @@ def test_it_runs(composed, tmp_path):
     assert ("profile.json" in written) == ("profile" in cfg.callbacks)
 
 
-@pytest.mark.parametrize(
-    "composed", ["trainer/gpu", "logger/wandb", *sorted(TRANSFERS)], indirect=True
-)
+@pytest.mark.parametrize("composed", ["logger/wandb", *sorted(GPUS | TRANSFERS)], indirect=True)
 def test_it_is_right(composed):
     """Needs a device or a trained model, or starts processes that outlast the test."""
 

@@ -21,6 +21,7 @@ RUN = (
     "model.dropout=0",
     "model.num_layers=3",
     f"trainer.max_steps={STEPS}",
+    f"scheduler.total_steps={STEPS}",
     "trainer.validate_every=10",
     "mixers.mamba2.head_dim=16",
     # No loss at rows of a sequence that each process draws by itself.
@@ -85,26 +86,55 @@ def assert_same_training(run: RunFolder, other: RunFolder) -> None:
             assert torch.equal(value, theirs[name]), name
 
 
-def check(tmp_path: Path, pattern: list[str]) -> None:
+def check(tmp_path: Path, pattern: list[str], *strategies: str) -> None:
     told = f"pattern=[{','.join(pattern)}]"
     train_here(*RUN, told, f"run_dir={tmp_path / 'one'}")
-    assert_same_training(together(tmp_path / "two", told), RunFolder.open(tmp_path / "one"))
+    for strategy in strategies:
+        run = together(tmp_path / strategy, told, f"trainer.strategy={strategy}")
+        assert_same_training(run, RunFolder.open(tmp_path / "one"))
 
 
 def test_attention_convolution_and_centroids(tmp_path: Path) -> None:
-    check(tmp_path, ["conv", "routing", "attention"])
+    check(tmp_path, ["conv", "routing", "attention"], "ddp")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", GROUPS, ids="-".join)
 def test_every_mixer(tmp_path: Path, pattern: list[str]) -> None:
-    check(tmp_path, pattern)
+    check(tmp_path, pattern, "ddp", "fsdp")
 
 
 @pytest.mark.slow
-def test_a_run_of_two_is_evaluated_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategies", [("ddp", "fsdp"), ("fsdp", "ddp")], ids="-".join)
+def test_one_strategy_goes_on_from_the_others_checkpoint(
+    tmp_path: Path, strategies: tuple[str, str]
+) -> None:
+    first, second = strategies
+    whole = together(tmp_path / "whole", MIXED, f"trainer.strategy={first}")
+    half = (f"trainer.strategy={first}", "trainer.max_steps=10")
+    run = together(tmp_path / "run", MIXED, *half)
+    told = [f"resume={run.path}", f"trainer.strategy={second}", f"trainer.max_steps={STEPS}"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *told, f"scheduler.total_steps={STEPS}"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_training(run, whole)
+    ours, theirs = (
+        read_checkpoint(each.checkpoints.path(STEPS))["optimizer_states"][0]["state"]
+        for each in (run, whole)
+    )
+    assert ours.keys() == theirs.keys()
+    for number, state in ours.items():
+        for name, value in state.items():
+            torch.testing.assert_close(value, theirs[number][name], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_of_two_is_evaluated_by_one(tmp_path: Path, strategy: str) -> None:
     """A checkpoint has one layout, however many processes wrote it."""
-    run = together(tmp_path / "run", MIXED)
+    run = together(tmp_path / "run", MIXED, f"trainer.strategy={strategy}")
     scored = run.evaluation("mqar")["slices"]
     done = subprocess.run(
         [sys.executable, "eval.py", f"run={run.path}"],
