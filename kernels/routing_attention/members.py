@@ -73,6 +73,7 @@ def _attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     forward = implementation(__package__, "triton").attend_runs
+    q, k, v, low, high, own = (x.contiguous() for x in (q, k, v, low, high, own))
     return forward(q, k, v, _runs(low, high, own, k.shape[1]), last_resort, scale)
 
 
@@ -105,7 +106,9 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = implementation(__package__, "triton").differentiate_runs
+    low, high, own = (x.contiguous() for x in (low, high, own))
     runs = _runs(low, high, own, k.shape[1])
+    grad, q, k, v, y, log_sum = (x.contiguous() for x in (grad, q, k, v, y, log_sum))
     return backward(grad, q, k, v, runs, y, log_sum, last_resort, scale)
 
 

@@ -1,10 +1,14 @@
 """Decoding speed over context: what is measured, and what it is beside."""
 
+from statistics import median
+
 import pytest
 import torch
 
 from evaluation.decode import decode_speeds, plot_speeds, print_speeds
 from layers.state import state_nbytes
+from models.build import build_model
+from schema.compose import compose
 from schema.errors import ConfigError
 from tests.tiny import tiny_model
 
@@ -38,3 +42,29 @@ def test_a_context_beyond_what_a_model_reads_is_refused():
         mixer.max_len, mixer.beyond = 32, "refuse"
     with pytest.raises(ConfigError, match="decode, hyena: 97 positions; this model reads 32"):
         decode_speeds({"hyena": model}, [64])
+
+
+@pytest.mark.slow
+def test_a_bounded_state_decodes_as_fast_behind_any_context():
+    """Tokens/s behind 1k and 64k within 10%; from 4k on more of them than attention's."""
+    size = ("task=stdlib", "model=tiny")
+    models = {
+        pattern: build_model(compose("config", [*size, f"pattern={pattern}"]), 1000)
+        for pattern in ("mamba", "hedgehog", "attention")
+    }
+    bounded = {name: models[name] for name in ("mamba", "hedgehog")}
+    ratios: dict[str, list[float]] = {name: [] for name in bounded}
+    for _ in range(3):
+        speed = speeds(decode_speeds(bounded, [1024, 65536], tokens=64))
+        for name in bounded:
+            ratios[name].append(speed[name, 65536] / speed[name, 1024])
+    for name, found in ratios.items():
+        assert 0.9 < median(found) < 1.1, (name, found)
+    speed = speeds(decode_speeds(models, [4096, 16384], tokens=64))
+    for context in (4096, 16384):
+        for name in bounded:
+            assert speed[name, context] > speed["attention", context], (name, context, speed)
+
+
+def speeds(result: dict) -> dict[tuple[str, int], float]:
+    return {(r["model"], r["context"]): r["tokens_per_second"] for r in result["rows"]}

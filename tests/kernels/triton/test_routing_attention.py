@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.routing_attention import balanced_attention, cluster_attention
 from kernels.routing_attention.members import member_attention
-from tests.kernels.compare import assert_forms_agree, documents
+from tests.kernels.compare import assert_forms_agree, check_operator, documents
 from tests.kernels.guard import mutate
 
 MODULE = "kernels.routing_attention.triton"
@@ -121,6 +121,21 @@ def test_topw_operator_and_its_flops():
     with FlopCounterMode(display=False) as counted:
         member_attention(q, k, v, members.contiguous(), asking.contiguous(), **options)
     assert counted.get_total_flops() == 4 * 2 * 5 * 7 * 16
+
+
+def test_operators_of_members_keep_torchs_rules():
+    """The strict form's are checked in tests/kernels/test_routing_attention.py."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, n, 16, generator=generator) for n in (5, 6, 6))
+    low = torch.tensor([[0], [1], [2]], dtype=torch.int32).expand(3, 5).contiguous()
+    high = torch.tensor([1, 2, 4, 5, 6], dtype=torch.int32).expand(3, 5).contiguous()
+    own = torch.tensor([0, -1, 3, 4, 5], dtype=torch.int32).expand(3, 5).contiguous()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    check_operator(torch.ops.seqmix.member_attention, (*leaves, low, high, own, True, 0.3))
+    q, k, v = (x.detach() for x in leaves)
+    y, log_sum = torch.ops.seqmix.member_attention(q, k, v, low, high, own, True, 0.3)
+    arguments = (y, q, k, v, low, high, own, y, log_sum, True, 0.3)
+    check_operator(torch.ops.seqmix.member_attention_backward, arguments)
 
 
 MUTANTS = {
