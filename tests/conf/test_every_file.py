@@ -13,6 +13,7 @@ from evaluation.study import Plan
 from models.build import build_model
 from schema.check import check, check_here
 from schema.compose import CONF, compose, compose_all, compose_with_hydra
+from schema.names import check_pattern
 from train import train
 from training.data import loader_of
 from training.module import Training
@@ -21,10 +22,14 @@ FILES = {str(p.relative_to(CONF).with_suffix("")) for p in CONF.rglob("*.yaml")}
 COMMANDS = {"config", "eval", "compare", "bench", "export", "recall_study", "search"}
 EVERYWHERE = {"shell", *(file for file in FILES if file.startswith("hydra/"))}
 MIXERS = {file for file in FILES if file.startswith("mixer/")}
-SWEEPS = {file for file in FILES if file.startswith("sweep/")}
+# Some experiments are sweeps.
+SWEEPS = {
+    f for f in FILES if f.startswith("sweep/") or "params:" in (CONF / f"{f}.yaml").read_text()
+}
 PROBES = {file for file in FILES if file.startswith("probe/")}
 STUDIES = {file for file in FILES if file.startswith("study/")}
-CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - SWEEPS - STUDIES - PROBES
+CHOICES = FILES - COMMANDS - EVERYWHERE - MIXERS - STUDIES - PROBES
+CHOICES -= {file for file in SWEEPS if file.startswith("sweep/")}
 PARTS = ("train", "test")  # of a recall task; its first slices are its smallest
 # What says how a run goes rather than what is trained: shown by a whole run.
 RUNS = {f for f in CHOICES if f.split("/")[0] in ("trainer", "logger", "callbacks", "debug")}
@@ -147,6 +152,7 @@ def test_every_point_of_a_sweep_is_right(file):
     points = list(compose_all("config", overrides_of(file)))
     assert len(points) > 1
     for point in points:
+        check_pattern(point.pattern, point.mixers)
         check(point)
 
 
