@@ -1,7 +1,7 @@
 """What a training step holds in memory, told where there is not enough of it."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from layers.report import Report
+from tasks.base import Batch
 from training.errors import TrainingError
 from training.module import Training
 
@@ -40,7 +41,7 @@ def enough_memory(
 
 def activation_bytes(
     module: Training,
-    batch: Mapping[str, Tensor],
+    batch: Batch,
     precision: Callable[[], AbstractContextManager],
 ) -> int:
     """Bytes that one micro-batch keeps for its backward pass; nothing is computed or allocated."""
@@ -56,7 +57,7 @@ def activation_bytes(
                 kept[_place(x)] = x
             return x
 
-        fake = {name: mode.from_tensor(x) for name, x in batch.items()}
+        fake = {n: mode.from_tensor(x) for n, x in batch.items() if isinstance(x, Tensor)}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), precision():
             module.objective(network, fake, Report())
     return sum(x.untyped_storage().nbytes() for x in kept.values())
@@ -67,7 +68,7 @@ def _needed(
 ) -> str:
     weights = sum(p.numel() * p.itemsize for p in module.model.parameters())
     rows = len(loader.batch_sampler.batch(0))  # type: ignore[union-attr]
-    batch = loader.collate_fn([loader.dataset[0]] * rows)
+    batch: Batch = loader.collate_fn([loader.dataset[0]] * rows)  # type: ignore[assignment]
     size = f"task.recipe.batch_size={rows} x {batch['inputs'].shape[1]} tokens"
     try:
         activations = f"{activation_bytes(module, batch, precision) / GIB:.2f} GiB"

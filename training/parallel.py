@@ -70,7 +70,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Numbered through the groups, in the first process; nothing in the others."""
-        found = get_optimizer_state_dict(self._network, _plain(optimizer), options=WHOLE)
+        found: Any = get_optimizer_state_dict(self._network, _plain(optimizer), options=WHOLE)
         if not self.is_global_zero:
             return {}
         number = {n: i for i, n in enumerate(_names(found["param_groups"]))}
@@ -91,14 +91,14 @@ class ShardedStrategy(ModelParallelStrategy):
             self.optimizers, checkpoint.pop("optimizer_states"), strict=True
         ):
             plain = _plain(optimizer)
-            own = get_optimizer_state_dict(self._network, plain)["param_groups"]
+            own: Any = get_optimizer_state_dict(self._network, plain)["param_groups"]
             names = _names(own)
             groups = [
                 {**saved, "params": group["params"]}
                 for saved, group in zip(state["param_groups"], own, strict=True)
             ]
             states = {names[number]: each for number, each in state["state"].items()}
-            named = {"state": states, "param_groups": groups}
+            named: Any = {"state": states, "param_groups": groups}
             set_optimizer_state_dict(self._network, plain, named, options=WHOLE)
         return checkpoint
 
