@@ -11,19 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from kernels.linear_attention import SMALLEST_FEATURE, MapName, features, num_features
 from layers.marks import mark
 
 Activation = Literal["softmax", "exp", "exp_stable", "joint"]
 MapInit = Literal["identity", "kaiming_per_head", "zero_with_skip"]
 RandomKernel = Literal["relu", "exp"]
 
-SMALLEST_FEATURE = 1e-12
-
 
 class FeatureMap(nn.Module):
-    """(B, T, H, K) -> (B, T, H, F); `num_features` is F."""
+    """(B, T, H, K) -> (B, T, H, F); `num_features` is F.
+
+    Where `operator_map` is set, the map is kernels.linear_attention.features of `inputs` under
+    that name, which the operator can make for itself.
+    """
 
     num_features: int
+    operator_map: MapName | None = None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What of the map has parameters or scales, (B, T, H, X)."""
+        raise NotImplementedError
 
     def flops(self, tokens: int) -> int:
         """FLOPs over `tokens` positions of all heads, as FlopCounterMode counts them."""
@@ -78,19 +86,15 @@ class TaylorFeatureMap(FeatureMap):
         if key_dim < 1 or (scale_dim is not None and scale_dim < 1):
             raise ValueError(f"key_dim={key_dim}, scale_dim={scale_dim}: expected at least 1")
         self.scale_dim = key_dim if scale_dim is None else scale_dim
-        self.compressed = compressed
-        products = key_dim * (key_dim + 1) // 2 if compressed else key_dim**2
-        self.num_features = 1 + key_dim + products
+        self.operator_map: MapName = "taylor_compressed" if compressed else "taylor"
+        self.num_features = num_features(key_dim, self.operator_map)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """x / K^(1/4)."""
+        return _widen(x) * self.scale_dim**-0.25
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _widen(x) * self.scale_dim**-0.25
-        if not self.compressed:
-            products = (x[..., :, None] * x[..., None, :] * 0.5**0.5).flatten(-2)
-            return torch.cat([torch.ones_like(x[..., :1]), x, products], dim=-1)
-        features = [torch.ones_like(x[..., :1]), x]
-        for a, x_a in enumerate(x.split(1, dim=-1)):
-            features += [x_a * x[..., :a], x_a * x_a * 0.5**0.5]
-        return torch.cat(features, dim=-1)
+        return features(self.inputs(x), self.operator_map)
 
 
 class PerformerFeatureMap(FeatureMap):
@@ -257,6 +261,8 @@ class HedgehogFeatureMap(FeatureMap):
         self.skip = skip
         self.init: MapInit = init
         self.num_features = f if halfspace else 2 * f
+        if activation == "softmax" and not halfspace:
+            self.operator_map = "hedgehog"
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim, f))
         self.bias = nn.Parameter(torch.empty(num_heads, f)) if bias else None
         # Decay would pull W to zero: every weight equal.
@@ -277,15 +283,20 @@ class HedgehogFeatureMap(FeatureMap):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, K) -> (B, T, H, F)."""
+    def inputs(self, x: Tensor) -> Tensor:
+        """z (B, T, H, f)."""
         x = _widen(x)
         with torch.autocast(x.device.type, enabled=False):
             z = torch.einsum("bthk,hkf->bthf", x, self.weight.to(x.dtype))
         if self.bias is not None:
             z = z + self.bias
-        if self.skip:
-            z = z + x
+        return z + x if self.skip else z
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, K) -> (B, T, H, F)."""
+        z = self.inputs(x)
+        if self.operator_map is not None:
+            return features(z, self.operator_map)
         return self._activate(z).clamp(min=SMALLEST_FEATURE)
 
     def flops(self, tokens: int) -> int:

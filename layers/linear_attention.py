@@ -62,15 +62,21 @@ class FeatureMapAttention(MultiHeadMixer):
         q, k, v = self.project(x, where.positions)
         k, v = self.to_all_heads(k), self.to_all_heads(v)
         past = self.past_sums(x, where, state, segments, prefix_len)
+        feature_map = self.key_map.operator_map
+        if feature_map is None:
+            q, k = self.query_map(q).to(v.dtype), self.key_map(k).to(v.dtype)
+        else:  # the operator may then keep the features out of memory
+            q, k = self.query_map.inputs(q), self.key_map.inputs(k)
         mixed = linear_attention(
-            self.query_map(q).to(v.dtype),
-            self.key_map(k).to(v.dtype),
+            q,
+            k,
             v,
             normalize=self.normalize,
             eps=self.eps,
             initial_state=past,
             return_state=want_state,
             segments=segments,
+            feature_map=feature_map,
             backend=self.backend,
         )
         if not isinstance(mixed, tuple):

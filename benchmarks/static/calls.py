@@ -13,7 +13,7 @@ import kernels
 from kernels.prefix_linear_attention import prefix_linear_attention as prefix_attention
 from kernels.window_linear_attention import window_linear_attention as window_attention
 
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 
 
 def _random(*shape: int, dtype: torch.dtype = BF16, grad: bool = True) -> Tensor:
@@ -24,6 +24,18 @@ def linear_attention() -> Any:
     """B1 T512 H2 K64 V64, normalised."""
     q, k, v = (_random(1, 512, 2, 64) for _ in range(3))
     return kernels.linear_attention(q, k, v, backend="triton")
+
+
+def linear_attention_hedgehog() -> Any:
+    """B1 T512 H2 V64, normalised; the K128 of Hedgehog's map made of 64."""
+    q, k, v = (_random(1, 512, 2, 64, dtype=dtype) for dtype in (F32, F32, BF16))
+    return kernels.linear_attention(q, k, v, feature_map="hedgehog", backend="triton")
+
+
+def linear_attention_taylor() -> Any:
+    """B1 T512 H2 V64, normalised; the K153 of Based's map made of 16."""
+    q, k, v = (_random(1, 512, 2, X, dtype=d) for X, d in ((16, F32), (16, F32), (64, BF16)))
+    return kernels.linear_attention(q, k, v, feature_map="taylor_compressed", backend="triton")
 
 
 def prefix_linear_attention() -> Any:
@@ -142,6 +154,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     call.__name__: call
     for call in (
         linear_attention,
+        linear_attention_hedgehog,
+        linear_attention_taylor,
         prefix_linear_attention,
         rms_norm,
         rms_norm_gated,

@@ -6,12 +6,28 @@ from torch import Tensor
 
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
+from kernels.linear_attention.features import (
+    SMALLEST_FEATURE,
+    MapName,
+    check_map,
+    features,
+    num_features,
+)
 from kernels.linear_attention.flops import CHUNK, linear_attention_flops
 from kernels.linear_attention.op import linear_attention_op
 from kernels.linear_attention.reference import State, linear_attention_reference
 from kernels.precision import accumulation_dtype
 
-__all__ = ["CHUNK", "State", "linear_attention", "linear_attention_flops"]
+__all__ = [
+    "CHUNK",
+    "SMALLEST_FEATURE",
+    "MapName",
+    "State",
+    "features",
+    "linear_attention",
+    "linear_attention_flops",
+    "num_features",
+]
 
 _FORMS = {
     "triton": partial(linear_attention_op, form="triton"),
@@ -31,6 +47,7 @@ def linear_attention(
     initial_state: State | None = None,
     return_state: bool = False,
     segments: Tensor | None = None,
+    feature_map: MapName | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, State]:
     """Causal linear attention, in chunks, in time and memory linear in T.
@@ -43,7 +60,8 @@ def linear_attention(
     inputs, products inside a chunk 16-bit where the inputs are and the machine is good at it.
 
     Args:
-        q, k: (B, T, H, K), after the feature map. Normalised outputs want features >= 0.
+        q, k: (B, T, H, K), after the feature map. Normalised outputs want features >= 0. With
+            `feature_map`: (B, T, H, X), what the map makes K features of.
         v: (B, T, H, V).
         scale: of q; it cancels under `normalize` but for eps.
         normalize: divide by the sum of the weights.
@@ -54,6 +72,10 @@ def linear_attention(
         segments: int (B, T) document numbers, non-decreasing over the valid positions; S and z
             start at zero in each document. -1 is padding: it leaves the state alone, and its
             output is finite and otherwise unspecified.
+        feature_map: "hedgehog", "taylor" or "taylor_compressed", see features.features: of q and k,
+            rounded to the dtype of v. Triton's kernels make the features of each tile as they load
+            it, so that none reach memory, for X up to 64; other forms, wider inputs and single
+            tokens have them made in front.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -61,10 +83,11 @@ def linear_attention(
         float32 (a row of padding returns its initial state), if asked for.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or T = 0.
+        ValueError: shapes or dtypes do not fit, T = 0, or an unknown map.
         BackendError: no such backend.
     """
-    _check(q, k, v, initial_state, segments)
+    check_map(feature_map)
+    _check(q, k, v, initial_state, segments, feature_map)
     form = choose("linear_attention", backend, _FORMS, q.device, accumulation_dtype(q, k, v))
     y, state = form(
         q,
@@ -76,12 +99,18 @@ def linear_attention(
         initial_state=initial_state,
         segments=segments,
         return_state=return_state,
+        feature_map=feature_map,
     )
     return (y, state) if return_state else y
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: State | None, segments: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: State | None,
+    segments: Tensor | None,
+    feature_map: MapName | None,
 ) -> None:
     check_floating("linear_attention", q=q, k=k, v=v)
     check_shape("linear_attention", "q", q, "(B, T, H, K)", None, None, None, None)
@@ -91,6 +120,7 @@ def _check(
     check_shape("linear_attention", "v", v, "(B, T, H, V)", B, T, H, None)
     if initial_state is not None:
         S, z = initial_state
+        K = num_features(K, feature_map)
         check_shape("linear_attention", "initial_state[0]", S, "(B, H, K, V)", B, H, K, v.shape[3])
         check_shape("linear_attention", "initial_state[1]", z, "(B, H, K)", B, H, K)
     check_segments("linear_attention", segments, B, T)

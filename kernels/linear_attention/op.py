@@ -1,7 +1,8 @@
 """The chunked form and the steps as torch operators: seqmix::linear_attention*.
 
 Being operators, they are counted by FlopCounterMode through their formulas and are not traced by
-torch.compile. B batch, T time, H heads, K features, V value width, W = V plus the normaliser.
+torch.compile. B batch, T time, H heads, K features, X the width that a feature map makes them from
+(K without one), V value width, W = V plus the normaliser.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation
+from kernels.linear_attention.features import MapName, features, fits_tiles, num_features
 from kernels.linear_attention.flops import (
     linear_attention_backward_flops,
     linear_attention_flops,
@@ -34,16 +36,23 @@ def linear_attention_op(
     initial_state: State | None,
     segments: Tensor | None,
     return_state: bool,
+    feature_map: MapName | None = None,
     form: str = "chunked",
 ) -> tuple[Tensor, State | None]:
     """The chunked form, or single steps for a few tokens with no gradient to keep.
+
+    Triton's chunks make the features of their own tiles; every other form is given them.
 
     Args:
         form: the module of this package that does the chunks, "chunked" or "triton".
     """
     S, z = initial_state or (None, None)
     few = q.shape[1] <= (MOST_STEPS if segments is None and form == "chunked" else 1)
-    if few and not (torch.is_grad_enabled() and _any_requires_grad(q, k, v, S, z)):
+    few = few and not (torch.is_grad_enabled() and _any_requires_grad(q, k, v, S, z))
+    if feature_map is not None and (few or form != "triton" or not fits_tiles(q.shape[3])):
+        q, k = (features(x, feature_map).to(v.dtype) for x in (q, k))
+        feature_map = None
+    if few:
         padding = None if segments is None else segments < 0
         y, S, z = torch.ops.seqmix.linear_attention_steps(
             q, k, v, S, z, padding, scale, normalize, eps,
@@ -53,13 +62,14 @@ def linear_attention_op(
     state = S
     if normalize and S is not None and z is not None:
         state = torch.cat([S, z[..., None].to(S.dtype)], dim=-1)
-    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps, form)
+    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps, form, feature_map)
     if not return_state:
         return y, None
     if normalize:
         V = v.shape[3]
         return y, (state[..., :V].contiguous(), state[..., V].contiguous())
-    return y, (state, _key_sum(k, z, segments, state.dtype))
+    keys = k if feature_map is None else features(k, feature_map).to(v.dtype)
+    return y, (state, _key_sum(keys, z, segments, state.dtype))
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -79,6 +89,11 @@ def _key_sum(k: Tensor, z: Tensor | None, segments: Tensor | None, dtype: torch.
     return total + torch.where((last == first_document(segments))[:, None, None], z, 0)
 
 
+def _option(feature_map: str | None) -> dict[str, str]:
+    """What a form is told of the map: only Triton's knows any."""
+    return {} if feature_map is None else {"feature_map": feature_map}
+
+
 @custom_op("seqmix::linear_attention", mutates_args=())
 def _chunked(
     q: Tensor,
@@ -90,9 +105,10 @@ def _chunked(
     normalize: bool,
     eps: float,
     form: str = "chunked",
+    feature_map: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     forward = implementation(__package__, form).forward
-    return forward(q, k, v, state, segments, scale, normalize, eps)
+    return forward(q, k, v, state, segments, scale, normalize, eps, **_option(feature_map))
 
 
 @_chunked.register_fake
@@ -106,9 +122,10 @@ def _(
     normalize: bool,
     eps: float,
     form: str = "chunked",
+    feature_map: MapName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, H, K), V = q.shape, v.shape[3]
-    exact = accumulation_dtype(q, k, v)
+    (B, T, H, X), V = q.shape, v.shape[3]
+    K, exact = num_features(X, feature_map), accumulation_dtype(q, k, v)
     return (
         v.new_empty(B, T, H, V),
         q.new_empty(B, H, K, V + int(normalize), dtype=exact),
@@ -129,9 +146,11 @@ def _backward(
     sums: Tensor,
     scale: float,
     form: str = "chunked",
+    feature_map: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backward = implementation(__package__, form).backward
-    return backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
+    options = _option(feature_map)
+    return backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale, **options)
 
 
 @_backward.register_fake
@@ -147,17 +166,18 @@ def _(
     sums: Tensor,
     scale: float,
     form: str = "chunked",
+    feature_map: MapName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, _, H, K), W = q.shape, v.shape[3] + sums.shape[3]
-    first = q.new_empty(B, H, K, W, dtype=sums.dtype)
+    (B, _, H, X), W = q.shape, v.shape[3] + sums.shape[3]
+    first = q.new_empty(B, H, num_features(X, feature_map), W, dtype=sums.dtype)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), first
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, state, segments, scale, _normalize, _eps, form = inputs
+    q, k, v, state, segments, scale, _normalize, _eps, form, feature_map = inputs
     y, _, sums = output
     ctx.save_for_backward(q, k, v, state, segments, y, sums)
-    ctx.scale, ctx.form = scale, form
+    ctx.scale, ctx.form, ctx.feature_map = scale, form, feature_map
     ctx.set_materialize_grads(False)  # an output that nobody used costs nothing
 
 
@@ -166,10 +186,10 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, state, segments, y, sums = ctx.saved_tensors
     dq, dk, dv, d_state = _backward(
-        grad_y, grad_state, q, k, v, state, segments, y, sums, ctx.scale, ctx.form
+        grad_y, grad_state, q, k, v, state, segments, y, sums, ctx.scale, ctx.form, ctx.feature_map
     )
     d_state = None if state is None else d_state.to(state.dtype)
-    return dq, dk, dv, d_state, None, None, None, None, None
+    return dq, dk, dv, d_state, None, None, None, None, None, None
 
 
 _chunked.register_autograd(_differentiate, setup_context=_save)
@@ -237,9 +257,11 @@ def _(
     normalize: bool,
     eps: float,
     form: str = "chunked",
+    feature_map: MapName | None = None,
     out_shape: Any = None,
 ) -> int:
-    (B, T, H, K), V = q, v[3]
+    (B, T, H, X), V = q, v[3]
+    K = num_features(X, feature_map)
     return linear_attention_flops(B, T, H, K, V, normalize=normalize)
 
 
@@ -274,7 +296,9 @@ def _(
     sums: Shape,
     scale: float,
     form: str = "chunked",
+    feature_map: MapName | None = None,
     out_shape: Any = None,
 ) -> int:
-    (B, T, H, K), V = q, v[3]
+    (B, T, H, X), V = q, v[3]
+    K = num_features(X, feature_map)
     return linear_attention_backward_flops(B, T, H, K, V, normalize=sums[3] == 1)

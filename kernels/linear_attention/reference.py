@@ -6,6 +6,7 @@ B batch, T time, H heads, K features per head, V value width per head.
 import torch
 from torch import Tensor
 
+from kernels.linear_attention.features import MapName, features
 from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.segments import first_document
 
@@ -24,8 +25,11 @@ def linear_attention_reference(
     initial_state: State | None = None,
     segments: Tensor | None = None,
     return_state: bool = True,
+    feature_map: MapName | None = None,
 ) -> tuple[Tensor, State]:
     """S_t = S_{t-1} + k_t v_t^T, z_t = z_{t-1} + k_t, y_t = q_t S_t / (q_t.z_t + eps)."""
+    if feature_map is not None:
+        q, k = (features(x, feature_map).to(v.dtype) for x in (q, k))
     (B, T, H, K), V = q.shape, v.shape[3]
     dtype = accumulation_dtype(q, k, v)
     qs, ks, vs = ((q.to(dtype) * scale).unbind(1), k.to(dtype).unbind(1), v.to(dtype).unbind(1))

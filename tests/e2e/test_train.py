@@ -270,3 +270,9 @@ def test_the_command_says_in_one_line_why_a_run_cannot_go_on(tmp_path: Path) -> 
     assert process.returncode == 1
     assert output.splitlines()[-1].startswith("error: step ")
     assert "Traceback" not in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_cannot_be_tuned_without_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^callbacks=autotune: there is no GPU to measure on$"):
+        train_here(*SHORT, "callbacks=autotune", f"run_dir={tmp_path / 'run'}")

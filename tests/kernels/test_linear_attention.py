@@ -18,7 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import precision
 from kernels.dispatch import BackendError
-from kernels.linear_attention import CHUNK, linear_attention, linear_attention_flops
+from kernels.linear_attention import (
+    CHUNK,
+    features,
+    linear_attention,
+    linear_attention_flops,
+    num_features,
+)
 from tests.kernels.compare import (
     TOLERANCE,
     LargestTensor,
@@ -278,6 +284,31 @@ def test_kept_memory_is_linear():
     assert slope == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("feature_map", ["hedgehog", "taylor", "taylor_compressed"])
+@pytest.mark.parametrize("T", [1, 70])
+def test_a_feature_map_is_its_features(T, feature_map, backend):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, T, 2, 6, dtype=torch.float64)
+    maps = {"feature_map": feature_map, "return_state": True, "backend": backend}
+    y, state = linear_attention(q, k, v, **maps)
+    again, _ = linear_attention(q, k, v, initial_state=state, **maps)
+    q, k = features(q, feature_map), features(k, feature_map)
+    assert q.shape[3] == num_features(6, feature_map)
+    expected, end = linear_attention(q, k, v, return_state=True, backend=backend)
+    for got, wanted in zip((y, *state), (expected, *end), strict=True):
+        assert torch.equal(got, wanted)
+    assert torch.equal(again, linear_attention(q, k, v, initial_state=end, backend=backend))
+
+
+def test_taylor_features_are_its_polynomial():
+    x, y = torch.randn(2, 2, 3, 2, 5, dtype=torch.float64)
+    s = (x * y).sum(-1)
+    for feature_map in ("taylor", "taylor_compressed"):
+        product = (features(x, feature_map) * features(y, feature_map)).sum(-1)
+        torch.testing.assert_close(product, 1 + s + s**2 / 2)
+
+
 def test_operators_keep_torchs_rules():
     q, k, v, S, z = (x[:2] for x in inputs(5, K=2, V=2))
     E = torch.cat([S, z[..., None]], -1)
@@ -323,6 +354,14 @@ def test_compiled_equals_eager():
         ({"segments": torch.zeros(2, 4, dtype=torch.long)}, r"segments has shape \(2, 4\)"),
         ({"initial_state": (torch.rand(2, 2, 3, 4), torch.rand(2, 2, 4))}, r"initial_state\[0\]"),
         ({"initial_state": (torch.rand(2, 2, 4, 3), torch.rand(2, 2, 3))}, r"initial_state\[1\]"),
+        ({"feature_map": "elu"}, "feature_map='elu': allowed: None, hedgehog, taylor, taylor_com"),
+        (
+            {
+                "feature_map": "hedgehog",
+                "initial_state": (torch.rand(2, 2, 4, 3), torch.rand(2, 2, 4)),
+            },
+            r"initial_state\[0\] has shape \(2, 2, 4, 3\); expected .* = \(2, 2, 8, 3\)",
+        ),
     ],
 )
 def test_bad_input(change, message):

@@ -51,7 +51,7 @@ def test_options(normalize, with_state, scale, dtype):
 MUTANTS = {
     "a key after its query": ("A = tl.where(mask, A, 0)", "A = A * 1"),
     "a state goes on into the next document": ("S *= stays", "S *= 1"),
-    "no bound on the keys": ("inside = (at_k[:, None] < K) &", "inside = (at_k[:, None] < BK) &"),
+    "no bound on the keys": ("inside = own_k[:, None] &", "inside = (at_k[:, None] < BK) &"),
     "values by the key's stride": (
         "v_c = load_tile(v + start * V, rows, at < T, at_v, V)\n    out",
         "v_c = load_tile(v + start * V, rows, at < T, at_v, K)\n    out",
