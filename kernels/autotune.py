@@ -95,4 +95,5 @@ def _told(x: Any) -> str:
 def _milliseconds(run: Callable[[], None]) -> float:
     from triton.testing import do_bench
 
-    return float(do_bench(run, warmup=5, rep=20, return_mode="median"))
+    milliseconds: Any = do_bench(run, warmup=5, rep=20, return_mode="median")
+    return milliseconds
