@@ -33,11 +33,12 @@ def choose(
     Raises:
         BackendError: `backend` is unknown, or the operator has no form that can serve the call.
     """
+    if backend == "auto" and device.type != "cuda":
+        return next(form for name, form in forms.items() if name != "triton")
     not_triton = why_not_triton(device, dtype) if "triton" in forms else None
     usable = {n: f for n, f in forms.items() if n != "triton" or not_triton is None}
     if backend == "auto":
-        preferred = (f for n, f in usable.items() if n != "triton" or device.type == "cuda")
-        return next(preferred)
+        return next(iter(usable.values()))
     if backend in usable:
         return usable[backend]
     if backend not in BACKENDS:

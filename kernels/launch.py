@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def launch_plainly(kernel: Any, grid: Grid, args: tuple, settings: dict[str, Any
 
 def why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """The reason why Triton forms cannot take such tensors, None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "the package triton is not installed"
     if dtype == torch.float64 or (dtype is not None and dtype.is_complex):
         return (
@@ -65,6 +66,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | Non
     if device.type != "cuda" and not interpreting() and not watched:
         return f"Triton needs a GPU, or TRITON_INTERPRET=1 to be interpreted on the {device.type}"
     return None
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:

@@ -24,6 +24,7 @@ from kernels.dispatch import BackendError
 
 SWITCH = "SEQMIX_NO_CPP"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+SHARED = Path(__file__).parent  # headers for several operators
 SECONDS = 300  # that a compiler may take, or another process that compiles the same
 
 
@@ -38,7 +39,7 @@ def has_compiler() -> bool:
 
 
 def library(source: Path) -> ctypes.CDLL:
-    """The library built from `source` and the headers beside it.
+    """The library built from `source`, the headers beside it and those of SHARED.
 
     Safe with several processes at once: one compiles, the others wait for it.
 
@@ -48,6 +49,27 @@ def library(source: Path) -> ctypes.CDLL:
     if switched_off():
         raise BackendError(f"backend='cpp' is switched off by {SWITCH}={os.environ[SWITCH]}")
     return _library(source)
+
+
+def library_for(operator: str, source: Path, form: str, device: torch.device) -> ctypes.CDLL | None:
+    """What computes `form` of an operator on `device`; None for another form than C++.
+
+    Args:
+        form: "cpp"; or "auto", which is C++ on a CPU where it is switched on and can be built. Any
+            other is not C++.
+
+    Raises:
+        BackendError: "cpp" off the CPU, or see `library`.
+    """
+    if form == "cpp":
+        if device.type != "cpu":
+            raise BackendError(
+                f"backend='cpp' for {operator}: its tensors are on {device.type}, not on the cpu"
+            )
+        return library(source)
+    if form != "auto" or device.type != "cpu" or switched_off():
+        return None
+    return library_or_none(source)
 
 
 @cache
@@ -86,7 +108,7 @@ def _compiler() -> str | None:
 def _compile(compiler: str, source: Path, target: Path) -> None:
     print(f"compiling {source.name} once, some seconds, into {target}", file=sys.stderr, flush=True)
     unfinished = target.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, str(source), "-o", str(unfinished)]
+    command = [compiler, *FLAGS, f"-I{SHARED}", str(source), "-o", str(unfinished)]
     english = os.environ | {"LC_ALL": "C"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=english)
@@ -115,7 +137,7 @@ def _folder() -> Path:
 def _fingerprint(source: Path, compiler: str) -> str:
     """Of all that the library depends on: another processor must not get this one's."""
     digest = hashlib.sha256()
-    for path in sorted([*source.parent.glob("*.h"), source]):
+    for path in (*sorted(SHARED.glob("*.h")), *sorted(source.parent.glob("*.h")), source):
         digest.update(path.read_bytes())
     facts = (*FLAGS, os.path.realpath(compiler), torch.__version__, platform.machine(), _cpu())
     digest.update("\n".join(facts).encode())

@@ -5,7 +5,7 @@ from functools import partial
 from torch import Tensor
 
 from kernels.causal_conv1d.flops import causal_conv1d_flops
-from kernels.causal_conv1d.op import causal_conv1d_torch
+from kernels.causal_conv1d.op import causal_conv1d_op
 from kernels.causal_conv1d.reference import causal_conv1d_reference
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
@@ -14,8 +14,10 @@ from kernels.precision import accumulation_dtype
 __all__ = ["causal_conv1d", "causal_conv1d_flops"]
 
 _FORMS = {
-    "triton": partial(causal_conv1d_torch, form="triton"),
-    "torch": causal_conv1d_torch,
+    "triton": partial(causal_conv1d_op, form="triton"),
+    "auto": partial(causal_conv1d_op, form="auto"),
+    "cpp": partial(causal_conv1d_op, form="cpp"),
+    "torch": causal_conv1d_op,
     "reference": causal_conv1d_reference,
 }
 
@@ -49,7 +51,9 @@ def causal_conv1d(
         segments: int (B, T) document numbers, non-decreasing over the valid positions; inputs of
             another document count as zeros. -1 is padding: the convolution runs as if it were not
             there, and its output is finite and otherwise unspecified.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch"
+            (shifted sums), "reference" (the loop), or "auto": "triton" on a GPU, on a CPU "cpp"
+            where it can be built, else "torch".
 
     Returns:
         y (B, T, D) in the dtype of x, and the state (B, W-1, D) of each row's last valid document
@@ -57,7 +61,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: shapes or dtypes do not fit, T = 0, or an unknown activation.
-        BackendError: no such backend.
+        BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
     _check(x, weight, bias, activation, initial_state, segments)
     form = choose("causal_conv1d", backend, _FORMS, x.device, accumulation_dtype(x, weight))

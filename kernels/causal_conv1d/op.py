@@ -5,6 +5,7 @@ torch.compile. B batch, T time, D channels, W taps.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,16 +13,18 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.causal_conv1d import cpp
 from kernels.causal_conv1d.documents import last_inputs
 from kernels.causal_conv1d.flops import causal_conv1d_flops
 from kernels.dispatch import implementation
+from kernels.native import library_for
 from kernels.precision import accumulation_dtype, outside_autocast
 
 Shape = Sequence[int]
 _MOST_STEPS = 3  # from here on the shifted sums are faster
 
 
-def causal_conv1d_torch(
+def causal_conv1d_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -32,10 +35,11 @@ def causal_conv1d_torch(
     return_state: bool,
     form: str = "shifted",
 ) -> tuple[Tensor, Tensor | None]:
-    """Shifted sums, or plain steps for a few tokens with no gradient to keep.
+    """The convolution, or plain steps for a few tokens with no gradient to keep.
 
     Args:
-        form: the module of this package that sums, "shifted" or "triton".
+        form: "shifted" or "triton", the module of this package that sums; "cpp"; or "auto", see
+            kernels.native.library_for, and shifted sums where that is not C++.
     """
     silu = activation == "silu"
     given = (x, weight, bias, initial_state)
@@ -53,6 +57,10 @@ def causal_conv1d_torch(
     return y, last_inputs(x, state, segments)
 
 
+def _torch_form(form: str) -> ModuleType:
+    return implementation(__package__, "shifted" if form == "auto" else form)
+
+
 @custom_op("seqmix::causal_conv1d", mutates_args=())
 def _convolve(
     x: Tensor,
@@ -63,7 +71,10 @@ def _convolve(
     silu: bool,
     form: str = "shifted",
 ) -> Tensor:
-    return implementation(__package__, form).forward(x, weight, bias, state, segments, silu)
+    library = library_for("causal_conv1d", cpp.SOURCE, form, x.device)
+    if library is not None:
+        return cpp.forward(library, x, weight, bias, state, segments, silu)
+    return _torch_form(form).forward(x, weight, bias, state, segments, silu)
 
 
 @_convolve.register_fake
@@ -90,8 +101,10 @@ def _backward(
     silu: bool,
     form: str = "shifted",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backward = implementation(__package__, form).backward
-    return backward(grad_y, x, weight, bias, state, segments, silu)
+    library = library_for("causal_conv1d", cpp.SOURCE, form, x.device)
+    if library is not None:
+        return cpp.backward(library, grad_y, x, weight, bias, state, segments, silu)
+    return _torch_form(form).backward(grad_y, x, weight, bias, state, segments, silu)
 
 
 @_backward.register_fake

@@ -31,6 +31,7 @@ __all__ = [
 
 _FORMS = {
     "triton": partial(linear_attention_op, form="triton"),
+    "auto": partial(linear_attention_op, form="auto"),
     "torch": linear_attention_op,
     "reference": linear_attention_reference,
 }
@@ -76,7 +77,8 @@ def linear_attention(
             rounded to the dtype of v. Triton's kernels make the features of each tile as they load
             it, so that none reach memory, for X up to 64; other forms, wider inputs and single
             tokens have them made in front.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "triton", "torch", "reference", or "auto": "triton" on a GPU, else "torch" with
+            single tokens in C++ where that can be built, see kernels.native.
 
     Returns:
         y (B, T, H, V) in the dtype of v, and the state of each row's last valid document in

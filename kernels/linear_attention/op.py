@@ -14,6 +14,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation
+from kernels.linear_attention import cpp
 from kernels.linear_attention.features import MapName, features, fits_tiles, num_features
 from kernels.linear_attention.flops import (
     linear_attention_backward_flops,
@@ -21,8 +22,11 @@ from kernels.linear_attention.flops import (
 )
 from kernels.linear_attention.reference import State
 from kernels.linear_attention.step import MOST_STEPS
+from kernels.native import library_for
 from kernels.precision import accumulation_dtype
 from kernels.segments import first_document, last_document
+
+_STEPS = {"chunked": "step", "triton": "triton_step", "auto": "auto"}
 
 
 def linear_attention_op(
@@ -44,10 +48,12 @@ def linear_attention_op(
     Triton's chunks make the features of their own tiles; every other form is given them.
 
     Args:
-        form: the module of this package that does the chunks, "chunked" or "triton".
+        form: "chunked" or "triton", the module of this package that does the chunks; or "auto",
+            whose chunks are "chunked" and whose steps are C++ where kernels.native.library_for
+            can build it.
     """
     S, z = initial_state or (None, None)
-    few = q.shape[1] <= (MOST_STEPS if segments is None and form == "chunked" else 1)
+    few = q.shape[1] <= (MOST_STEPS if segments is None and form != "triton" else 1)
     few = few and not (torch.is_grad_enabled() and _any_requires_grad(q, k, v, S, z))
     if feature_map is not None and (few or form != "triton" or not fits_tiles(q.shape[3])):
         q, k = (features(x, feature_map).to(v.dtype) for x in (q, k))
@@ -56,13 +62,14 @@ def linear_attention_op(
         padding = None if segments is None else segments < 0
         y, S, z = torch.ops.seqmix.linear_attention_steps(
             q, k, v, S, z, padding, scale, normalize, eps,
-            "triton_step" if form == "triton" else "step",
+            _STEPS[form],
         )  # fmt: skip
         return y, (S, z)
     state = S
     if normalize and S is not None and z is not None:
         state = torch.cat([S, z[..., None].to(S.dtype)], dim=-1)
-    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps, form, feature_map)
+    chunks = "chunked" if form == "auto" else form
+    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps, chunks, feature_map)
     if not return_state:
         return y, None
     if normalize:
@@ -214,7 +221,10 @@ def _steps(
     eps: float,
     form: str = "step",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    steps = implementation(__package__, form).steps
+    library = library_for("linear_attention", cpp.SOURCE, form, q.device)
+    if library is not None:
+        return cpp.steps(library, q, k, v, S, z, padding, scale, normalize, eps)
+    steps = implementation(__package__, "step" if form == "auto" else form).steps
     return steps(q, k, v, S, z, padding, scale, normalize, eps)
 
 

@@ -7,7 +7,6 @@ further apart.
 B batch, D channels, L time, N state, G groups.
 """
 
-import ctypes
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import native
-from kernels.dispatch import BackendError, implementation
+from kernels.dispatch import implementation
+from kernels.native import library_for
 from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.selective_scan import chunked, cpp
 from kernels.selective_scan.flops import selective_scan_backward_flops, selective_scan_flops
@@ -44,7 +43,7 @@ def _forward(
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
     if form == "triton":
         return implementation(__package__, form).forward(scan, keep_states)
-    library = _library(form, u.device)
+    library = library_for("selective_scan", cpp.SOURCE, form, u.device)
     if library is None:
         return chunked.forward(scan, keep_states)
     return cpp.forward(library, scan, keep_states)
@@ -84,7 +83,7 @@ def _backward(
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
     if form == "triton":
         return implementation(__package__, form).backward(scan, states, grad_y, grad_last)
-    library = _library(form, u.device)
+    library = library_for("selective_scan", cpp.SOURCE, form, u.device)
     if library is None:
         return chunked.backward(scan, states, grad_y, grad_last)
     return cpp.backward(library, scan, states, grad_y, grad_last)
@@ -171,17 +170,6 @@ def _(u_shape: Any, delta_shape: Any, A_shape: Any, *_: Any, **__: Any) -> int:
 def _(grad_y_shape: Any, grad_last_shape: Any, *_: Any, **__: Any) -> int:
     batch, channels, length = grad_y_shape
     return selective_scan_backward_flops(batch, length, channels, grad_last_shape[2])
-
-
-def _library(form: str, device: torch.device) -> ctypes.CDLL | None:
-    """What computes `form` on `device`; None for tiles in PyTorch."""
-    if form == "cpp":
-        if device.type != "cpu":
-            raise BackendError(f"backend='cpp' for selective_scan: u is on {device.type}, not cpu")
-        return native.library(cpp.SOURCE)
-    if form == "torch" or device.type != "cpu" or native.switched_off():
-        return None
-    return native.library_or_none(cpp.SOURCE)
 
 
 def _scan(

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import conv1d, pad, silu
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.causal_conv1d import causal_conv1d, causal_conv1d_flops
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_flops, cpp
+from kernels.native import has_compiler
 from tests.kernels.compare import (
     TOLERANCE,
     assert_close,
@@ -23,6 +24,8 @@ from tests.kernels.compare import (
 
 shifted = import_module("kernels.causal_conv1d.shifted")
 BLOCK, B, D = 7, 3, 5
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+CPP = pytest.param("cpp", marks=needs_compiler)
 
 
 @pytest.fixture
@@ -43,10 +46,11 @@ def run(x, weight, bias=None, state=None, **options):
     return causal_conv1d(x, weight, bias, initial_state=state, return_state=True, **options)
 
 
+@pytest.mark.parametrize("tested", ["torch", CPP])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", [None, "packed", "padded"])
 @pytest.mark.parametrize("T", [1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 37])
-def test_forms_agree(small_blocks, T, kind, dtype):
+def test_forms_agree(small_blocks, T, kind, dtype, tested):
     segments = documents(B, T, kind)
     valid = None if segments is None else segments >= 0
     for W, activation, count in ((4, "silu", 4), (4, None, 2), (1, None, 3), (9, "silu", 4)):
@@ -54,7 +58,57 @@ def test_forms_agree(small_blocks, T, kind, dtype):
         def form(backend, *x, activation=activation):
             return run(*x, activation=activation, segments=segments, backend=backend)
 
-        assert_forms_agree(form, inputs(T, W)[:count], dtype, valid)
+        assert_forms_agree(form, inputs(T, W)[:count], dtype, valid, tested)
+
+
+@needs_compiler
+@pytest.mark.parametrize("T", [cpp.CHUNK - 1, cpp.CHUNK, cpp.CHUNK + 1, 2 * cpp.CHUNK + 2])
+@pytest.mark.parametrize("D", [1, 8, 17, 40])
+def test_cpp_where_its_stretches_meet(T, D):
+    """Channels around a vector's; stretches of fewer tokens than taps."""
+    torch.manual_seed(T)
+    shapes = ((2, T, D), (D, 5), (D,), (2, 4, D))
+    given = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    segments = documents(2, T, "packed")
+
+    def form(backend, *x):
+        return run(*x, activation="silu", segments=segments, backend=backend)
+
+    for dtype in (torch.float32, torch.float64):
+        assert_forms_agree(form, given, dtype, None, "cpp")
+
+
+@needs_compiler
+def test_cpp_takes_inputs_of_any_strides_and_dtype():
+    x, weight, bias, state = (x.float() for x in inputs(37, 4))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.randn(B, 37, 2 * D).to(dtype)
+        for given in (wide[..., :D], x.to(dtype).mT.contiguous().mT, x.to(dtype)[:, ::2]):
+            y = causal_conv1d(given, weight, bias, initial_state=state, backend="cpp")
+            expected = causal_conv1d(
+                given.double(), weight.double(), bias.double(), initial_state=state.double(),
+                backend="reference",
+            )  # fmt: skip
+            assert y.dtype is dtype
+            tolerance = TOLERANCE[torch.float32 if dtype == torch.float32 else torch.bfloat16]
+            assert_close(str(dtype), y, expected, tolerance)
+
+
+@needs_compiler
+def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
+    x, weight, bias, state = (x.float().requires_grad_() for x in inputs(3 * cpp.CHUNK + 5, 4))
+
+    def results():
+        y = causal_conv1d(x, weight, bias, initial_state=state, activation="silu", backend="cpp")
+        return [y, *torch.autograd.grad(y.square().sum(), (x, weight, bias, state))]
+
+    threads = torch.get_num_threads()
+    once = results()
+    try:
+        torch.set_num_threads(3)
+        assert all(torch.equal(a, b) for a, b in zip(results(), once, strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_is_torchs_convolution():

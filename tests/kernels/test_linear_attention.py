@@ -25,6 +25,7 @@ from kernels.linear_attention import (
     linear_attention_flops,
     num_features,
 )
+from kernels.native import has_compiler
 from tests.kernels.compare import (
     TOLERANCE,
     LargestTensor,
@@ -307,6 +308,31 @@ def test_taylor_features_are_its_polynomial():
     for feature_map in ("taylor", "taylor_compressed"):
         product = (features(x, feature_map) * features(y, feature_map)).sum(-1)
         torch.testing.assert_close(product, 1 + s + s**2 / 2)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
+@pytest.mark.parametrize(("K", "V"), [(5, 3), (33, 70), (600, 64)])  # the last takes two threads
+def test_steps_in_cpp(K, V, dtype):
+    """Tokens without gradients, one or three, with a past, a document's first and padding."""
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    for T, kind in ((1, None), (3, None), (1, "padded")):
+        q, k, v, *state = inputs(T, H=8, K=K, V=V)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        for past in (None, tuple(state)):
+            for normalize in (True, False):
+                options = {"initial_state": past, "segments": documents(3, T, kind), "scale": 0.5}
+                options |= {"normalize": normalize, "return_state": True}
+                y, (S, z) = linear_attention(q, k, v, **options)
+                expected, end = linear_attention(
+                    q.double(), k.double(), v.double(), backend="reference", **options
+                )
+                if options["segments"] is not None:  # an output of padding is not specified
+                    padding = (options["segments"] < 0)[..., None, None]
+                    y, expected = y.masked_fill(padding, 0), expected.masked_fill(padding, 0)
+                assert y.dtype is dtype
+                for got, wanted in zip((y, S, z), (expected, *end), strict=True):
+                    assert_close("a step", got, wanted, tolerance)
 
 
 def test_operators_keep_torchs_rules():

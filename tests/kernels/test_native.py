@@ -52,7 +52,7 @@ def test_without_a_compiler_auto_warns_once_and_a_request_fails(
 @pytest.mark.gpu
 def test_cpp_serves_the_cpu_only():
     u, A, B = (torch.ones(*shape, device="cuda") for shape in ((1, 2, 4), (2, 3), (1, 3, 4)))
-    with pytest.raises(BackendError, match="u is on cuda, not cpu"):
+    with pytest.raises(BackendError, match="its tensors are on cuda, not on the cpu"):
         selective_scan(u, u, A, B, B, backend="cpp")
 
 

@@ -1,0 +1,131 @@
+"""The convolution in C++ (conv.cpp): what it is told, and what becomes of its results.
+
+B batch, T time, D channels, W taps.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.causal_conv1d.documents import Documents
+from kernels.precision import accumulation_dtype, outside_autocast
+
+SOURCE = Path(__file__).with_name("conv.cpp")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in the order of conv.cpp
+CHUNK = 256  # tokens of a stretch, if that is not fewer than W
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("dtype", "batch", "time")),
+    )
+
+
+_SIZES = ("batch", "length", "channels", "width", "silu", "chunk", "threads")
+_ROWS = ("x", "y", "grad_y", "dx")
+_POINTERS = ("taps", "bias", "state", "reach", "d_state", "parts_taps", "parts_bias")
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, _Rows) for name in _ROWS),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    )
+
+
+@outside_autocast
+def forward(
+    library: ctypes.CDLL,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """y (B, T, D), as shifted.forward."""
+    call = _Call(library, x, weight, bias, state, segments, silu)
+    y = call.rows("y", torch.empty(x.shape, dtype=call.stored))
+    call.run("forward")
+    return call.documents.restore(y).to(x.dtype)
+
+
+@outside_autocast
+def backward(
+    library: ctypes.CDLL,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As shifted.backward."""
+    call = _Call(library, x, weight, bias, state, segments, silu)
+    (B, _, D), W = x.shape, weight.shape[1]
+    call.rows("grad_y", call.documents.arrange(grad_y).to(call.stored))
+    dx = call.rows("dx", torch.empty(x.shape, dtype=call.stored))
+    d_state = call.room("d_state", B, W - 1, D)
+    d_taps = call.room("parts_taps", call.stretches, W, D)
+    d_bias = call.room("parts_bias", call.stretches, D)
+    call.run("backward")
+    d_weight = d_taps.sum(0).T.to(weight.dtype).contiguous()
+    return call.documents.restore(dx).to(x.dtype), d_weight, d_bias.sum(0), d_state
+
+
+class _Call:
+    """One call: a problem, and the tensors that it points to, which live as long."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        segments: Tensor | None,
+        silu: bool,
+    ) -> None:
+        (B, T, D), W = x.shape, weight.shape[1]
+        self.library = library
+        self.dtype = accumulation_dtype(x, weight)
+        self.stored = x.dtype if x.dtype in DTYPES else self.dtype
+        self.documents = Documents(segments, W)
+        chunk = max(CHUNK, W)
+        self.stretches = B * -(-T // chunk)
+        self.held: list[Tensor] = []
+        self.problem = _Problem(B, T, D, W, silu, chunk, torch.get_num_threads())
+        self.rows("x", self.documents.arrange(x).to(self.stored))
+        for name, given in (("taps", weight.T), ("bias", bias), ("state", state)):
+            if given is not None:
+                self._point(name, given.to(self.dtype).contiguous())
+        if self.documents.reach is not None:
+            self._point("reach", self.documents.reach.to(torch.int32).contiguous())
+
+    def rows(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor (B, T, D), its channels side by side."""
+        if tensor.stride(2) != 1:
+            tensor = tensor.contiguous()
+        kind = DTYPES.index(tensor.dtype)
+        described = _Rows(tensor.data_ptr(), kind, tensor.stride(0), tensor.stride(1))
+        setattr(self.problem, name, described)
+        self.held.append(tensor)
+        return tensor
+
+    def room(self, name: str, *shape: int) -> Tensor:
+        """Room for a result in the dtype of sums."""
+        return self._point(name, torch.empty(shape, dtype=self.dtype))
+
+    def run(self, function: str) -> None:
+        bits = 8 * self.dtype.itemsize
+        getattr(self.library, f"{function}{bits}")(ctypes.byref(self.problem))
+
+    def _point(self, name: str, tensor: Tensor) -> Tensor:
+        setattr(self.problem, name, tensor.data_ptr())
+        self.held.append(tensor)
+        return tensor

@@ -1,0 +1,102 @@
+// A few tokens of linear attention, one after another: the state is read once and written once for
+// each. The equations are those of step.py.
+#include <cstddef>
+#include <vector>
+
+#include "lanes.h"
+
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16 };
+
+// Laid out as in cpp.py. q, k (batch, length, heads, K), v, y (batch, length, heads, V) and padding
+// (batch, length) are contiguous; the states are in the dtype of sums. Null is what is not given.
+extern "C" struct Problem {
+  int64_t batch, length, heads, K, V, dtype, normalize, threads;
+  double scale, eps;
+  const void *q, *k, *v, *S, *z;
+  const bool* padding;
+  void *y, *S_after, *z_after;
+};
+
+template <class T, class In>
+class Steps {
+ public:
+  explicit Steps(const Problem& p) : p_(p), k_(p.K), q_(p.K), v_(p.V), out_(p.V) {}
+
+  // All tokens of one head.
+  void run(int64_t b, int64_t h) {
+    const int64_t KV = p_.K * p_.V, bh = b * p_.heads + h;
+    const T* S = p_.S ? static_cast<const T*>(p_.S) + bh * KV : nullptr;
+    const T* z = p_.z ? static_cast<const T*>(p_.z) + bh * p_.K : nullptr;
+    T* S_after = static_cast<T*>(p_.S_after) + bh * KV;
+    T* z_after = static_cast<T*>(p_.z_after) + bh * p_.K;
+    for (int64_t t = 0; t < p_.length; ++t) {
+      const int64_t token = b * p_.length + t, row = token * p_.heads + h;
+      const bool padding = p_.padding && p_.padding[token];
+      load(p_.k, row, p_.K, k_.data());
+      load(p_.q, row, p_.K, q_.data());
+      load(p_.v, row, p_.V, v_.data());
+      if (padding) k_.assign(p_.K, T(0));
+      token_of(S, z, S_after, z_after);
+      S = S_after;
+      z = z_after;
+      In* y = static_cast<In*>(p_.y) + row * p_.V;
+      for (int64_t j = 0; j < p_.V; ++j) y[j] = convert<In>(padding ? T(0) : out_[j]);
+    }
+  }
+
+ private:
+  static void load(const void* from, int64_t row, int64_t width, T* to) {
+    const In* p = static_cast<const In*>(from) + row * width;
+    for (int64_t i = 0; i < width; ++i) to[i] = convert<T>(p[i]);
+  }
+
+  void token_of(const T* S, const T* z, T* S_after, T* z_after) {
+    T weight = 0;
+    out_.assign(p_.V, T(0));
+    T *out = out_.data(), *v = v_.data();
+    for (int64_t i = 0; i < p_.K; ++i) {
+      const T k = k_[i], q = q_[i] * static_cast<T>(p_.scale);
+      T* to = S_after + i * p_.V;
+      if (S) {
+        const T* from = S + i * p_.V;
+#pragma omp simd
+        for (int64_t j = 0; j < p_.V; ++j) {
+          const T s = from[j] + k * v[j];
+          to[j] = s;
+          out[j] += q * s;
+        }
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < p_.V; ++j) {
+          to[j] = k * v[j];
+          out[j] += q * to[j];
+        }
+      }
+      z_after[i] = (z ? z[i] : T(0)) + k;
+      weight += q * z_after[i];
+    }
+    if (p_.normalize)
+      for (T& y : out_) y /= weight + static_cast<T>(p_.eps);
+  }
+
+  const Problem& p_;
+  std::vector<T> k_, q_, v_, out_;
+};
+
+template <class T, class In>
+void all_heads(const Problem& p) {
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    Steps<T, In> steps(p);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.batch * p.heads; ++i) steps.run(i / p.heads, i % p.heads);
+  }
+}
+
+extern "C" void steps(const Problem* p) {
+  switch (p->dtype) {
+    case FLOAT32: return all_heads<float, float>(*p);
+    case FLOAT64: return all_heads<double, double>(*p);
+    case BFLOAT16: return all_heads<float, bf16>(*p);
+  }
+}
