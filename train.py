@@ -42,6 +42,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     from training.resume import open_run
     from training.run import describe, model_facts, open_folder, recorded, rehearse
     from training.scores import CRITERIA, scores
+    from training.sequence import check_sequence
     from training.trainer import set_up_process
     from training.transfer_objective import objective_scores
 
@@ -62,6 +63,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float]:
     test = Settings(prefix=cfg.objective.get("prefix_len"), samples=0, cost=False)
     validation = replace(test, protocol="windowed")
     facts = model_facts(module.model, length=rehearse(module, loader))
+    check_sequence(cfg, module.model, facts["length"])
     folder = open_folder(cfg, resumed, task, facts, {**origins, **chosen})
     console.print(describe(module.model, facts))
     for name, entry in chosen.items():

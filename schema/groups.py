@@ -44,7 +44,7 @@ class Trainer:
 
     accelerator: Accelerator
     devices: Positive
-    strategy: Literal["ddp", "fsdp"]
+    strategy: Literal["ddp", "fsdp", "sequence"]
     threads: Positive | None
     precision: Precision | Literal["auto"]
     max_steps: Positive

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.matching import resize
 from schema.errors import ConfigError
 from tasks.base import Task
-from training.data import loader_of
+from training.data import loader_of, share_of
 from training.module import Training, build_module
 from training.rng import isolated_generators
 
@@ -64,7 +64,8 @@ def set_steps(cfg: DictConfig, task: Task) -> dict[str, Any] | None:
         raise ConfigError(f"budget={given}: expected at most one of {', '.join(KINDS)}")
     ((kind, amount),) = given.items()
     length = mean_length(task)
-    tokens = length * task.recipe.batch_size * cfg.trainer.accumulate * cfg.trainer.devices
+    shares = share_of(cfg.trainer).world_size
+    tokens = length * task.recipe.batch_size * cfg.trainer.accumulate * shares
     with isolated_generators():
         module = build_module(cfg, task.vocab_size)
         whole = max(1, round(length))

@@ -27,6 +27,11 @@ class Share:
     world_size: int = 1
 
 
+def share_of(settings: DictConfig) -> Share:
+    """This process's share under cfg.trainer: all of it where processes divide time instead."""
+    return Share() if settings.strategy == "sequence" else Share(rank(), settings.devices)
+
+
 class ResumableBatches(Sampler[list[int]]):
     """Endless batches of indices 0..num_examples - 1, from batch number `start` on.
 
@@ -121,7 +126,7 @@ def loader_of(task: Task, cfg: DictConfig, step: int) -> DataLoader:
     dataset = task.train_set()
     examples = len(dataset)  # type: ignore[arg-type]
     if settings.train_batches is not None:
-        batch = task.recipe.batch_size * settings.devices
+        batch = task.recipe.batch_size * share_of(settings).world_size
         examples = min(examples, settings.train_batches * batch)
     batches = ResumableBatches(
         examples,
@@ -129,7 +134,7 @@ def loader_of(task: Task, cfg: DictConfig, step: int) -> DataLoader:
         cfg.seed,
         shuffle=task.shuffle,
         start=step * settings.accumulate,
-        share=Share(rank(), settings.devices),
+        share=share_of(settings),
     )
     return train_loader(
         dataset,

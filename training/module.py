@@ -14,9 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from layers.report import Report
 from models.build import build_model
 from models.interface import TokenModel
+from models.language_model import LanguageModel
 from training.objectives import Loss
 from training.optim import ParameterGroups
-from training.parallel import shard, whole
+from training.parallel import SequenceStrategy, shard, whole
+from training.sequence import Relay
 
 Objective = Callable[..., Loss]
 
@@ -66,11 +68,17 @@ class Training(LightningModule):
         self.gradient_norms = torch.zeros(0)
         self.gradient_names: list[str] = []
         self.lr = 0.0
+        self.relay: Relay | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The objective on one micro-batch."""
         self.report = Report()
+        if self.relay is not None:
+            batch = self.relay.part_of(batch)
         loss = self.minimised(self.model, batch, self.report)
+        if self.relay is not None:
+            weight = self.relay.weight_of(batch["labels"])
+            loss = Loss(loss.total * weight, {n: part * weight for n, part in loss.parts.items()})
         self.loss = {"loss": loss.total.detach()}
         self.loss.update((name, part.detach()) for name, part in loss.parts.items())
         segments = batch.get("segments")
@@ -107,7 +115,10 @@ class Training(LightningModule):
         self.lr = optimizer.param_groups[0]["lr"]
 
     def configure_model(self) -> None:
-        """Spread the network over the devices where the strategy asks for it."""
+        """Spread the network, or its sequences, over the processes as the strategy asks for it."""
+        if isinstance(self.trainer.strategy, SequenceStrategy) and self.relay is None:
+            assert isinstance(self.model, LanguageModel)  # see check_sequence
+            self.relay = Relay(self.model)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
 

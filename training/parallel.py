@@ -1,4 +1,5 @@
-"""Several processes, each with the whole model (DDP) or with a part of every parameter (FSDP2).
+"""Several processes, each with the whole model (DDP, or on a part of time: see training.sequence)
+or with a part of every parameter (FSDP2).
 
 A checkpoint has one layout, that of a single process, whatever wrote it and whatever reads it.
 """
@@ -32,10 +33,15 @@ def strategy_of(settings: DictConfig) -> Strategy | Literal["auto"]:
     """Lightning's strategy for trainer.devices and trainer.strategy."""
     if settings.strategy == "fsdp":
         return ShardedStrategy(settings.devices)
-    if settings.devices > 1:
-        # Some parameters wait for what a batch need not have: a prefix, a second segment.
-        return DDPStrategy(find_unused_parameters=True)
-    return "auto"
+    if settings.devices == 1:
+        return "auto"
+    # Some parameters wait for what a batch need not have: a prefix, a second segment.
+    kind = SequenceStrategy if settings.strategy == "sequence" else DDPStrategy
+    return kind(find_unused_parameters=True)
+
+
+class SequenceStrategy(DDPStrategy):
+    """DDP among processes that have the same examples and different parts of time."""
 
 
 def shard(model: TokenModel, mesh: DeviceMesh) -> None:

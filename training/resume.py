@@ -13,6 +13,7 @@ from records.checkpoints import step_of
 from records.folder import RunFolder, now
 from records.machine import machine, versions
 from schema.errors import ConfigError
+from training.data import share_of
 from training.scores import scores
 
 # What a resumed run may be given anew: its length and what it says and keeps, never what decides
@@ -20,6 +21,7 @@ from training.scores import scores
 CHANGEABLE = (
     "trainer.max_steps",
     "trainer.strategy",
+    "trainer.devices",
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
@@ -63,11 +65,12 @@ def open_run(cfg: DictConfig, overrides: Sequence[str]) -> Resumed:
         overrides: the command line, key=value each.
 
     Raises:
-        ConfigError: there is no run, an override is not among CHANGEABLE, or max_steps lies
-            before the checkpoint.
+        ConfigError: there is no run, an override is not among CHANGEABLE, max_steps lies before
+            the checkpoint, or a batch would be another.
     """
     folder = RunFolder.open(cfg.resume)
     own = folder.config()
+    shares = share_of(own.trainer).world_size
     given = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     for key in _changed(overrides):
         OmegaConf.update(own, key, OmegaConf.select(given, key), merge=False)
@@ -76,6 +79,12 @@ def open_run(cfg: DictConfig, overrides: Sequence[str]) -> Resumed:
         raise ConfigError(
             f"trainer.max_steps={own.trainer.max_steps}: the run has made {resumed.step} steps; "
             "allowed: at least as many"
+        )
+    if share_of(own.trainer).world_size != shares:
+        raise ConfigError(
+            f"trainer.strategy={own.trainer.strategy} with trainer.devices={own.trainer.devices}: "
+            f"a batch would be of {share_of(own.trainer).world_size} shares of examples; expected "
+            f"{shares}, as in the run"
         )
     return resumed
 

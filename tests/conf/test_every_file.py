@@ -33,7 +33,7 @@ CHOICES -= {file for file in SWEEPS if file.startswith("sweep/")}
 PARTS = ("train", "test")  # of a recall task; its first slices are its smallest
 # What says how a run goes rather than what is trained: shown by a whole run.
 RUNS = {f for f in CHOICES if f.split("/")[0] in ("trainer", "logger", "callbacks", "debug")}
-GPUS = {"trainer/gpu", "trainer/ddp", "trainer/fsdp", "callbacks/autotune"}
+GPUS = {"trainer/gpu", "trainer/ddp", "trainer/fsdp", "trainer/sequence", "callbacks/autotune"}
 # What imitates a trained model: shown by tests/e2e/test_transfer.py.
 TRANSFERS = {"objective/attention_transfer", "experiment/wikitext_small_transfer"}
 # What the default task, of tokens, has no use for.

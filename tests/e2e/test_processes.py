@@ -12,8 +12,9 @@ import torch
 
 from records.checkpoints import read_checkpoint
 from records.folder import RunFolder
+from schema.errors import ConfigError
 from tests.e2e.runs import ROOT, TINY, train_here, wait_for
-from tests.tiny import MIXERS, SHORT
+from tests.tiny import MIXERS, SHORT, tiny_model
 
 STEPS = 20
 RUN = (
@@ -41,14 +42,22 @@ RUN = (
 )
 MIXED = "pattern=[conv,routing,attention]"
 GROUPS = [MIXERS[i : i + 3] for i in range(0, len(MIXERS), 3)]
+HANDED_ON = [  # by a process to the one that has the next part of time
+    name
+    for name in MIXERS
+    if (mixer := tiny_model([name], num_layers=1).mixers[0]).bounded_state
+    if mixer.causal == "strict" and not name.startswith("routing")
+]
+IN_TIME = [HANDED_ON[i : i + 3] for i in range(0, len(HANDED_ON), 3)]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(path: Path, *overrides: str, processes: int = 2) -> list[str]:
-    """Of some processes, which share the batch that one would have."""
+    """Of some processes, which share the batch that one would have, or its time."""
+    batch = 4 if "trainer.strategy=sequence" in overrides else 4 // processes
     return [
         sys.executable, "train.py", *RUN, *overrides, f"run_dir={path}",
-        f"trainer.devices={processes}", f"task.recipe.batch_size={4 // processes}",
+        f"trainer.devices={processes}", f"task.recipe.batch_size={batch}",
     ]  # fmt: skip
 
 
@@ -102,6 +111,54 @@ def test_attention_convolution_and_centroids(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", GROUPS, ids="-".join)
 def test_every_mixer(tmp_path: Path, pattern: list[str]) -> None:
     check(tmp_path, pattern, "ddp", "fsdp")
+
+
+def test_processes_that_divide_time(tmp_path: Path) -> None:
+    check(tmp_path, ["conv", "hedgehog", "mamba"], "sequence")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", IN_TIME, ids="-".join)
+def test_every_mixer_whose_state_is_handed_on(tmp_path: Path, pattern: list[str]) -> None:
+    check(tmp_path, pattern, "sequence")
+
+
+@pytest.mark.slow
+def test_a_run_in_parts_of_time_goes_on_in_one_process(tmp_path: Path) -> None:
+    told = ("pattern=[conv,mamba2]", "trainer.strategy=sequence")
+    whole = together(tmp_path / "whole", *told)
+    run = together(tmp_path / "run", *told, "trainer.max_steps=10")
+    resume = (f"resume={run.path}", "trainer.strategy=ddp", "trainer.devices=1")
+    train_here(*resume, f"trainer.max_steps={STEPS}", f"scheduler.total_steps={STEPS}")
+    assert_same_training(run, whole)
+
+
+def test_a_batch_stays_what_it_was(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_here(*RUN, "pattern=conv", "trainer.max_steps=10", f"run_dir={run}")
+    with pytest.raises(ConfigError, match=r"devices=2: a batch would be of 2 shares .* expected 1"):
+        train_here(f"resume={run}", "trainer.devices=2", f"trainer.max_steps={STEPS}")
+
+
+SEQUENCE = ("trainer.strategy=sequence", "trainer.devices=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pattern=[conv,attention]"], "Attention has no state of bounded size to hand on"),
+        (["pattern=routing"], "RoutingAttention learns from what all processes see"),
+        (["pattern=mamba", "compile=true"], "with compile=true"),
+        (
+            ["pattern=mamba", "trainer.devices=3"],
+            "16 tokens on trainer.devices=3 processes; expected a multiple",
+        ),
+    ],
+)
+def test_what_cannot_be_divided_in_time(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^trainer.strategy=sequence.*{message}"):
+        train_here(*RUN, *SEQUENCE, *overrides, f"run_dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

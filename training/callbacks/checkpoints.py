@@ -83,7 +83,7 @@ class Checkpoints(Callback):
         if self._begun:
             return
         self._begun = True
-        if self._generators is not None:
+        if self._generators is not None and trainer.global_rank < len(self._generators):
             set_generator_states(self._generators[trainer.global_rank])
         elif trainer.global_rank == 0:
             set_generator_states(self._own)
