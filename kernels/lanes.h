@@ -103,6 +103,8 @@ struct bf16 {
   uint16_t bits;
 };
 
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16 };  // of a tensor, as in native.py
+
 template <class T, class S>
 inline T convert(S x) {
   if constexpr (std::is_same_v<S, bf16>) {

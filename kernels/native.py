@@ -25,6 +25,7 @@ from kernels.dispatch import BackendError
 SWITCH = "SEQMIX_NO_CPP"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 SHARED = Path(__file__).parent  # headers for several operators
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that C++ reads, in the order of lanes.h
 SECONDS = 300  # that a compiler may take, or another process that compiles the same
 
 

@@ -10,8 +10,6 @@
 
 #include "lanes.h"
 
-enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16 };
-
 // A tensor (batch, time, channel) whose channels lie side by side; strides count elements.
 struct Rows {
   void* data;

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.causal_conv1d.documents import Documents
+from kernels.native import DTYPES
 from kernels.precision import accumulation_dtype, outside_autocast
 
 SOURCE = Path(__file__).with_name("conv.cpp")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in the order of conv.cpp
 CHUNK = 256  # tokens of a stretch, if that is not fewer than W
 
 

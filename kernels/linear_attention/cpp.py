@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.native import DTYPES
 from kernels.precision import accumulation_dtype
 
 SOURCE = Path(__file__).with_name("step.cpp")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in the order of step.cpp
 ONE_THREAD = 1 << 18  # numbers in the state from which on a second thread is worth its start
 
 _SIZES = ("batch", "length", "heads", "K", "V", "dtype", "normalize", "threads")

@@ -5,8 +5,6 @@
 
 #include "lanes.h"
 
-enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16 };
-
 // Laid out as in cpp.py. q, k (batch, length, heads, K), v, y (batch, length, heads, V) and padding
 // (batch, length) are contiguous; the states are in the dtype of sums. Null is what is not given.
 extern "C" struct Problem {

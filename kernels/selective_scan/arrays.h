@@ -3,8 +3,6 @@
 
 #include "lanes.h"
 
-enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16 };
-
 // A tensor (batch, row, time) or (batch, group, row, time); rows are channels or states. Strides
 // count elements; `data` is null for a tensor that is not given. Laid out as in cpp.py.
 struct Array {

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.native import DTYPES
 from kernels.selective_scan.chunked import Gradients, new_gradients
 from kernels.selective_scan.tiles import STEPS, Scan
 
 SOURCE = Path(__file__).with_name("scan.cpp")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in the order of arrays.h
 RESTART, PADDING = 1, 2  # as in scan.cpp
 
 
