@@ -29,30 +29,32 @@ def decode_speeds(
 ) -> dict[str, Any]:
     """Tokens per second behind every context, all rows together, and bytes of the states held.
 
-    A speed is the median of `tokens` steps after one that is not timed. The models take turns step
-    by step, so that what else the machine does slows all of them.
+    A speed is the median of `tokens` steps after one that is not timed. Models and contexts take
+    turns step by step, so that what else the machine does slows all of them.
 
     Raises:
         ConfigError: a context beyond what a model reads.
     """
     for name, model in models.items():
         check_length(model, max(contexts) + tokens + 1, f"decode, {name}")
-    rows = []
-    for context in sorted(set(contexts)):
-        decoders = {name: _Decoder(m, batch_size, context, tokens) for name, m in models.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(tokens):
-            for name, decoder in decoders.items():
-                seconds[name].append(timed(decoder.device, decoder.step)[0])
-        rows += [
-            {
-                "model": name,
-                "context": context,
-                "tokens_per_second": batch_size / median(seconds[name]),
-                "state_bytes": state_nbytes(decoder.state),
-            }
-            for name, decoder in decoders.items()
-        ]
+    decoders = {
+        (name, context): _Decoder(model, batch_size, context, tokens)
+        for context in sorted(set(contexts))
+        for name, model in models.items()
+    }
+    seconds: dict[tuple[str, int], list[float]] = {each: [] for each in decoders}
+    for _ in range(tokens):
+        for each, decoder in decoders.items():
+            seconds[each].append(timed(decoder.device, decoder.step)[0])
+    rows = [
+        {
+            "model": name,
+            "context": context,
+            "tokens_per_second": batch_size / median(seconds[name, context]),
+            "state_bytes": state_nbytes(decoder.state),
+        }
+        for (name, context), decoder in decoders.items()
+    ]
     device = next(iter(models.values())).head_weight.device
     return {
         "batch_size": batch_size,
