@@ -161,3 +161,34 @@ inline Vec<T> lane_sums(const Vec<T>* of) {
   for (const Vec<T>& row : rows) sum += row;
   return sum;
 }
+
+// The lanes of x, each half in the other's place, when `half` lanes make a half.
+template <class T>
+inline Vec<T> swap_halves(Vec<T> x, int half) {
+#ifdef __clang__
+  Vec<T> y;
+  for (int i = 0; i < WIDTH<T>; ++i) y[i] = x[i ^ half];
+  return y;
+#else
+  typename Simd<T>::I from;
+  for (int i = 0; i < WIDTH<T>; ++i) from[i] = i ^ half;
+  return __builtin_shuffle(x, from);
+#endif
+}
+
+template <class T>
+inline T lane_sum(Vec<T> x) {
+#pragma GCC unroll 4
+  for (int half = WIDTH<T> / 2; half; half /= 2) x += swap_halves<T>(x, half);
+  return x[0];
+}
+
+template <class T>
+inline T lane_max(Vec<T> x) {
+#pragma GCC unroll 4
+  for (int half = WIDTH<T> / 2; half; half /= 2) {
+    const Vec<T> y = swap_halves<T>(x, half);
+    x = x > y ? x : y;
+  }
+  return x[0];
+}

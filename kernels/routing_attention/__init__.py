@@ -38,11 +38,15 @@ SelfRule = Literal["allowed", "last_resort"]
 
 _CLUSTER_FORMS = {
     "triton": partial(cluster_torch, form="triton"),
+    "auto": partial(cluster_torch, form="auto"),
+    "cpp": partial(cluster_torch, form="cpp"),
     "torch": cluster_torch,
     "reference": cluster_reference,
 }
 _BALANCED_FORMS = {
     "triton": partial(balanced_torch, form="triton"),
+    "auto": partial(balanced_torch, form="auto"),
+    "cpp": partial(balanced_torch, form="cpp"),
     "torch": balanced_torch,
     "reference": balanced_reference,
 }
@@ -96,14 +100,15 @@ def routing_attention(
         segments: int (B, T) document numbers, non-decreasing over the valid positions; windows and
             clusters are those of a document. -1 is padding: seen by no valid query, its own output
             finite and otherwise unspecified.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch",
+            "reference", or "auto": "triton" on a GPU, on a CPU "cpp" where there is a compiler.
 
     Returns:
         (B, T, H, D) in the dtype of q.
 
     Raises:
         ValueError: shapes or dtypes do not fit, T = 0, or an option out of its range.
-        BackendError: no such backend.
+        BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
     _check("routing_attention", q, k, v, window, self_rule, segments)
     check_shape("routing_attention", "k", k, "(B, T, H, D)", *q.shape)

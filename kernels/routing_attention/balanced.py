@@ -5,13 +5,17 @@ M = min(W, P + T) members, Q = min(T, M) queries of a cluster.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kernels.long_conv.documents import bundles
+from kernels.native import library_for
+from kernels.routing_attention import cpp
 from kernels.routing_attention.members import member_attention
 
 
@@ -51,20 +55,44 @@ class Selection(NamedTuple):
     real: Tensor  # (B, H, K, M) bool, False in slots that nobody fills
 
 
-def select(scores: Tensor, window: int) -> Selection:
-    """The `window` largest of scores (..., C), the earliest among equals; -inf is never taken."""
-    C = scores.shape[-1]
-    window = min(window, C)
-    least = scores.topk(window, dim=-1).values[..., -1:]
+def select(scores: Tensor, window: int, form: str = "torch") -> Selection:
+    """The `window` largest of scores (..., C), the earliest among equals; -inf is never taken.
+
+    Args:
+        form: "cpp", or another, which is torch.
+    """
+    slots = min(window, scores.shape[-1])
+    index, taken = _choose(scores, slots, form) if form == "cpp" else _choose_torch(scores, slots)
+    return Selection(index, torch.arange(slots, device=scores.device) >= slots - taken)
+
+
+def _choose_torch(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """As cpp.choose_members."""
+    least = scores.topk(slots, dim=-1).values[..., -1:]
     above, level = scores > least, scores == least
-    room = window - above.sum(-1, keepdim=True)
+    room = slots - above.sum(-1, keepdim=True)
     taken = (above | (level & (level.cumsum(-1) <= room))) & (scores > -torch.inf)
     rank = taken.cumsum(-1)
     count = rank[..., -1:]
-    slot = torch.where(taken, window - count + rank - 1, window)  # the last one is thrown away
-    position = torch.arange(C, device=scores.device).expand_as(slot)
-    index = slot.new_zeros(*slot.shape[:-1], window + 1).scatter_(-1, slot, position)[..., :-1]
-    return Selection(index, torch.arange(window, device=scores.device) >= window - count)
+    slot = torch.where(taken, slots - count + rank - 1, slots)  # the last one is thrown away
+    position = torch.arange(scores.shape[-1], device=scores.device).expand_as(slot)
+    index = slot.new_zeros(*slot.shape[:-1], slots + 1).scatter_(-1, slot, position)[..., :-1]
+    return index, count
+
+
+@custom_op("seqmix::choose_members", mutates_args=())
+def _choose(scores: Tensor, slots: int, form: str) -> tuple[Tensor, Tensor]:
+    library = library_for("balanced_attention", cpp.SOURCE, form, scores.device)
+    if library is None:
+        raise ValueError(f"choose_members: form={form!r}; allowed: 'cpp'")
+    return cpp.choose_members(library, scores, slots)
+
+
+@_choose.register_fake
+def _(scores: Tensor, slots: int, form: str) -> tuple[Tensor, Tensor]:
+    shape = scores.shape[:-1]
+    index = scores.new_empty(*shape, slots, dtype=torch.int64)
+    return index, scores.new_empty(*shape, 1, dtype=torch.int64)
 
 
 def balanced_torch(
@@ -84,13 +112,20 @@ def balanced_torch(
     """All clusters at once, document by document where there are several.
 
     Args:
-        form: what attends to the members, "torch" or "triton".
+        form: what attends to the members: "torch", "triton", "cpp", or "auto", see
+            kernels.native.library_for, and "torch" where that is not C++.
     """
-    options["form"] = form
+    options["form"] = _best_form(q.device.type) if form == "auto" else form
     parts = (q, k, v, q_scores, k_scores)
     if segments is None:
         return _one_document(*parts, None, past, filled, want_members, **options)
     return _documents(*parts, segments, past, filled, want_members, **options)
+
+
+@torch.compiler.assume_constant_result  # a compiler is there, or it is not
+def _best_form(device: str) -> str:
+    library = library_for("balanced_attention", cpp.SOURCE, "auto", torch.device(device))
+    return "torch" if library is None else "cpp"
 
 
 @torch.compiler.disable()  # how many documents there are depends on the data
@@ -183,18 +218,18 @@ def _one_document(
     T = q.shape[1]
     P = 0 if past is None else past.k.shape[3]
     candidates = _candidates(k_scores, real, None if past is None else past.scores, filled)
-    held = select(candidates, window)
+    held = select(candidates, window, form)
     asking = held
     if q_scores is not None:
         past_scores = None if past is None else past.q_scores
         q_candidates = _candidates(q_scores, real, past_scores, filled)
-        asking = select(q_candidates, window)
+        asking = select(q_candidates, window, form)
     keys, values = (
         _take(x, None if past is None else getattr(past, name), held)
         for name, x in (("k", k), ("v", v))
     )
     query, where, asks = _queries(q, asking, P)
-    attend = _attend_on_gpu if form == "triton" else _attend
+    attend = _attend if form == "torch" else partial(_attend_by_runs, form=form)
     options = {"causal": causal, "last_resort": last_resort, "scale": scale}
     out, alive = attend(query, keys, values, held, where, asks, **options)
     y, count = _average(out, where - P, alive, T)
@@ -244,7 +279,7 @@ def _attend(
     return out.view(query.shape), alive
 
 
-def _attend_on_gpu(
+def _attend_by_runs(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -253,7 +288,7 @@ def _attend_on_gpu(
     asks: Tensor,
     **options,
 ) -> tuple[Tensor, Tensor]:
-    """The same by the Triton kernels."""
+    """The same by the kernels of members.py."""
     members = torch.where(held.real, held.index, -1)
     asking = torch.where(asks, where, -1)
     parts = (x.flatten(0, 2).contiguous() for x in (query, keys, values, members, asking))

@@ -6,6 +6,7 @@ S keys, H heads, D head width.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation
+from kernels.native import library_for
 from kernels.precision import accumulation_dtype
+from kernels.routing_attention import cpp
 from kernels.routing_attention.flops import (
     cluster_attention_backward_flops,
     cluster_attention_flops,
@@ -41,7 +44,8 @@ def cluster_torch(
     """The blocked form, or a single query at once.
 
     Args:
-        form: the module of this package that does the blocks, "strict" or "triton".
+        form: the module of this package that does it, "strict" or "triton"; "cpp"; or "auto", see
+            kernels.native.library_for, and "strict" where that is not C++.
     """
     if q.shape[1] == 1:
         return step(
@@ -49,6 +53,10 @@ def cluster_torch(
         )
     y, _ = _cluster(q, k, v, q_groups, k_groups, window, causal, last_resort, shared, scale, form)
     return y
+
+
+def _torch_form(form: str) -> ModuleType:
+    return implementation(__package__, "strict" if form == "auto" else form)
 
 
 @custom_op("seqmix::cluster_attention", mutates_args=())
@@ -65,7 +73,12 @@ def _cluster(
     scale: float,
     form: str = "strict",
 ) -> tuple[Tensor, Tensor]:
-    forward = implementation(__package__, form).forward
+    library = library_for("cluster_attention", cpp.SOURCE, form, q.device)
+    if library is not None:
+        lines = cpp.lines_of_groups(library, q_groups, k_groups, window, causal)
+        y, lse = cpp.attend(library, q, k, v, lines, last_resort, scale)
+        return y.to(q.dtype), lse
+    forward = _torch_form(form).forward
     return forward(q, k, v, q_groups, k_groups, window, causal, last_resort, shared, scale)
 
 
@@ -104,7 +117,13 @@ def _backward(
     scale: float,
     form: str = "strict",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = implementation(__package__, form).backward
+    library = library_for("cluster_attention", cpp.SOURCE, form, q.device)
+    if library is not None:
+        lines = cpp.lines_of_groups(library, q_groups, k_groups, window, causal)
+        grads = cpp.differentiate(library, grad, q, k, v, lines, y, lse, last_resort, scale)
+        dq, dk, dv = (g.to(q.dtype) for g in grads)
+        return dq, dk, dv
+    backward = _torch_form(form).backward
     return backward(
         grad, q, k, v, q_groups, k_groups, y, lse, window, causal, last_resort, shared, scale
     )

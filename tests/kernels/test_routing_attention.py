@@ -18,6 +18,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.dispatch import BackendError
+from kernels.native import has_compiler
 from kernels.routing_attention import (
     Members,
     balanced_attention,
@@ -54,6 +55,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = TOLERANCE[torch.float64]
 LENGTHS = (1, 2, 37, 63, 64, 65, 133)  # blocks are of 16 to 64 keys
 MODES = pytest.mark.parametrize("mode", ["strict", "topw"])
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+CPP = pytest.param("cpp", marks=needs_compiler)
 strict = import_module("kernels.routing_attention.strict")
 
 
@@ -78,7 +81,7 @@ def inputs(T: int, B=3, H=2, D=4, dtype=torch.float64) -> list[Tensor]:
 
 @pytest.mark.golden("routing_strict_window", mixers=["routing"])
 @pytest.mark.parametrize("rule", ["allowed", "last_resort"])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPP, "reference"])
 def test_golden_strict(backend, rule):
     """Tolerance: both sides are float32."""
     data = golden("routing_strict_window")
@@ -99,7 +102,7 @@ def test_golden_strict(backend, rule):
 
 
 @pytest.mark.golden("routing_shared_causal", mixers=["routing_topw"])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPP, "reference"])
 def test_golden_topw(backend):
     """Tolerance: float32, and their eps of 1e-5 under the mean."""
     data = golden("routing_shared_causal")
@@ -107,7 +110,8 @@ def test_golden_topw(backend):
     options = {"window": int(data["window"]), "self_rule": "last_resort", "backend": backend}
     scores = similarities(qk, means)
     torch.testing.assert_close(scores.permute(0, 3, 1, 2), data["dists"])
-    assert torch.equal(select(scores, 8).index, data["members_sorted"])
+    form = "cpp" if backend == "cpp" else "torch"
+    assert torch.equal(select(scores, 8, form).index, data["members_sorted"])
     y = routing_attention(qk, qk, v, means, mode="topw", normalize_keys=True, **options)
     torch.testing.assert_close(y, data["out"], rtol=1e-4, atol=1e-5)
     _, count, _ = balanced_attention(qk, unit(qk), v, None, scores, **options)
@@ -117,7 +121,7 @@ def test_golden_topw(backend):
 
 
 @pytest.mark.golden("routing_shared_causal", mixers=["routing_topw"])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPP, "reference"])
 def test_golden_topw_decoding(backend):
     """One token after another equals the last row on every prefix, not the parallel pass."""
     data = golden("routing_shared_causal")
@@ -146,9 +150,10 @@ def test_golden_topw_decoding(backend):
 
 
 @MODES
+@pytest.mark.parametrize("backend", ["torch", CPP])
 @pytest.mark.parametrize("kind", [None, "packed", "padded"])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_forms_agree(T, kind, mode):
+def test_forms_agree(T, kind, backend, mode):
     if mode == "topw":
         T %= 48  # the reference takes one cluster, document and query at a time
     segments = documents(3, T, kind)
@@ -166,12 +171,13 @@ def test_forms_agree(T, kind, mode):
             options = {**options, "normalize_keys": not separate, "backend": backend}
             return [routing_attention(q, k, v, centres(), mode=mode, **options)]
 
-        assert_forms_agree(form, inputs(T), torch.float64, valid)
+        assert_forms_agree(form, inputs(T), torch.float64, valid, backend)
 
 
 @MODES
+@pytest.mark.parametrize("backend", ["torch", CPP])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lower_precision_agrees_where_labels_do(mode, dtype):
+def test_lower_precision_agrees_where_labels_do(mode, dtype, backend):
     """Rounded inputs are the reference's too, so that a token's cluster is the same."""
     T = 133 if mode == "strict" else 33
 
@@ -179,7 +185,69 @@ def test_lower_precision_agrees_where_labels_do(mode, dtype):
         options = {"window": 9, "normalize_keys": True, "self_rule": "last_resort"}
         return [routing_attention(q, q, v, centres(), mode=mode, backend=backend, **options)]
 
-    assert_forms_agree(form, inputs(T), dtype)
+    assert_forms_agree(form, inputs(T), dtype, None, backend)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [1, 16, 33, 64, 80])
+def test_cpp_where_its_blocks_meet(D, dtype):
+    """Against the torch form in float64: blocks are of 96 queries and 64 keys (float64: 32)."""
+    means = centres(2, 3, D)
+
+    def form(backend, q, k, v):
+        options = {"window": 70, "backend": "torch" if backend == "reference" else backend}
+        pair = [(True, "last_resort"), (False, "allowed")]
+        return [
+            routing_attention(q, k, v, means.to(q), causal=causal, self_rule=rule, **options)
+            for causal, rule in pair
+        ]
+
+    given = [x.to(dtype) for x in inputs(301, B=1, D=D)]
+    if dtype != torch.float64:  # so that labels are the same in both
+        means = means.to(dtype).double()
+        labels = [nearest(x, means.to(x)) for x in given[:2]]
+        exact = [nearest(x.double(), means) for x in given[:2]]
+        clear = all(torch.equal(a, b) for a, b in zip(labels, exact, strict=True))
+        assert clear or dtype == torch.bfloat16
+    assert_forms_agree(form, given, dtype, None, "cpp")
+
+
+@MODES
+@needs_compiler
+def test_cpp_repeats_to_the_bit_with_any_number_of_threads(mode):
+    q, k, v = (x.float().requires_grad_() for x in inputs(500, D=64))
+
+    def run() -> list[Tensor]:
+        options = {"window": 100, "mode": mode, "backend": "cpp"}
+        y = routing_attention(q, k, v, centres(D=64, dtype=torch.float32), **options)
+        return [y, *torch.autograd.grad(y.square().sum(), (q, k, v))]
+
+    once, threads = run(), torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert all(torch.equal(a, b) for a, b in zip(run(), once, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@MODES
+@needs_compiler
+def test_cpp_does_not_hide_what_is_not_finite(mode):
+    """What a finite change of a value moves is not finite where that value is not."""
+    q, k, v = inputs(60)
+
+    def run(value: float) -> Tensor:
+        spoilt = v.clone()
+        spoilt[0, 28:33] = value
+        options = {"window": 20, "mode": mode, "backend": "cpp"}
+        return routing_attention(q, k, spoilt, centres(), **options)
+
+    moved = run(100) != run(200)
+    assert moved.any()
+    for bad in (torch.nan, torch.inf):
+        assert not run(bad)[moved].isfinite().any()
 
 
 @MODES
@@ -200,11 +268,11 @@ def test_gradcheck(mode):
 
 
 def test_pieces_of_any_size(monkeypatch):
-    q, k, v = inputs(133)
-    expected = routing_attention(q, k, v, centres(), window=20)
+    given, options = (*inputs(133), centres()), {"window": 20, "backend": "torch"}
+    expected = routing_attention(*given, **options)
     for budget in (1, 100_000):
         monkeypatch.setattr(strict, "_SQUARES", {"cpu": budget})
-        assert_close("y", routing_attention(q, k, v, centres(), window=20), expected, EXACT)
+        assert_close("y", routing_attention(*given, **options), expected, EXACT)
 
 
 def changed_share(mode: str, last: int, T: int = 256) -> float:
@@ -231,7 +299,7 @@ def test_share_of_earlier_outputs_that_change():
 
 
 @MODES
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPP, "reference"])
 def test_one_cluster_and_a_wide_window_is_softmax_attention(mode, backend):
     q, k, v = inputs(21)
     heads = [x.transpose(1, 2) for x in (q, k, v)]
@@ -275,21 +343,42 @@ def test_names_of_clusters_and_lengths_of_vectors_mean_nothing(mode):
     assert torch.equal(nearest(torch.zeros_like(q), centres()), torch.zeros_like(q[..., 0]).long())
 
 
-def test_members():
+@pytest.mark.parametrize("form", ["torch", CPP])
+def test_members(form):
     scores = similarities(inputs(50)[0], centres())
-    chosen = select(scores, 7)
+    chosen = select(scores, 7, form)
     assert chosen.real.all()
     assert (chosen.index.diff(dim=-1) > 0).all()
     assert torch.equal(chosen.index, scores.topk(7).indices.sort(-1).values)
-    ties = select(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2)
+    ties = select(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2, form)
     assert ties.index.tolist() == [1, 2], "among equals the earliest"
-    few = select(torch.tensor([-torch.inf, 3.0, -torch.inf]), 2)
+    zeros = select(torch.tensor([-0.0, 0.0, -1.0, 0.0]), 2, form)
+    assert zeros.index.tolist() == [0, 1], "-0 and 0 are equal"
+    few = select(torch.tensor([-torch.inf, 3.0, -torch.inf]), 2, form)
     assert (few.index.tolist()[1], few.real.tolist()) == (1, [False, True])
     q, k, v = inputs(50)
     _, count, _ = balanced_attention(q, k, v, None, scores, window=7)
     assert (count.sum(1) == 4 * 7).all(), "every cluster holds W tokens"
     y = routing_attention(q, q, v, centres(), window=7, mode="topw")
     assert ((y == 0).all(-1) == (count == 0)).all(), "a token in no cluster gets zeros"
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_members_by_cpp_are_those_by_torch(dtype):
+    """Many equals, values of both signs and all sizes, rows of -inf, counts up to all."""
+    generator = torch.Generator().manual_seed(5)
+    for C in (1, 2, 15, 16, 17, 33, 300):
+        scores = torch.randn(40, C, generator=generator, dtype=torch.float64)
+        scores[:10] = scores[:10].mul(2).round()
+        scores[10:20] *= 10.0 ** torch.randint(-30, 30, (10, C), generator=generator)
+        scores[20:30].masked_fill_(torch.rand(10, C, generator=generator) < 0.5, -torch.inf)
+        scores[30] = -torch.inf
+        for window in (1, 2, C // 2, C - 1, C, C + 5):
+            if window > 0:
+                got, expected = (select(scores.to(dtype), window, f) for f in ("cpp", "torch"))
+                assert torch.equal(got.index, expected.index)
+                assert torch.equal(got.real, expected.real)
 
 
 @MODES
@@ -327,7 +416,7 @@ def test_the_last_queries_of_more_keys(cut, separate):
     keys, values = (torch.cat([x[:, :at], x[:, :5], x[:, at:]], 1) for x in (keys, v))
     tags = torch.cat([labels[1][:, :at], gap, labels[1][:, at:]], 1)
     own = labels[0][:, cut:] if separate else None
-    for backend in ("torch", "reference"):
+    for backend in ("auto", "torch", "reference"):
         y = cluster_attention(q[:, cut:], keys, values, own, tags, backend=backend, **options)
         assert_close(backend, y, expected[:, cut:], EXACT)
 
@@ -338,7 +427,7 @@ def test_members_of_a_past_compete():
     scores = similarities(k, centres())
     options = {"window": 6, "want_members": True}
     _, _, whole = balanced_attention(q, k, v, None, scores, **options)
-    for backend in ("torch", "reference"):
+    for backend in ("auto", "torch", "reference"):
         parts: Members | None = None
         for at in (slice(0, 4), slice(4, 5), slice(5, 40)):
             filled = torch.full((3,), min(at.start, 6)) if parts else None
@@ -587,5 +676,7 @@ def test_bad_input(change, message):
 
 def test_unknown_backend():
     q, k, v = torch.rand(3, 1, 2, 1, 4)
-    with pytest.raises(BackendError, match="these can serve the call: triton, torch, reference"):
+    with pytest.raises(
+        BackendError, match="these can serve the call: triton, auto, cpp, torch, reference"
+    ):
         routing_attention(q, k, v, torch.rand(1, 2, 4), window=3, backend="cuda")
