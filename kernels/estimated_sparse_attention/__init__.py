@@ -49,6 +49,8 @@ __all__ = [
 
 _FORMS = {
     "triton": partial(estimated_sparse_attention_torch, form="triton"),
+    "auto": partial(estimated_sparse_attention_torch, form="auto"),
+    "cpp": partial(estimated_sparse_attention_torch, form="cpp"),
     "torch": estimated_sparse_attention_torch,
     "reference": estimated_sparse_attention_reference,
 }
@@ -131,7 +133,8 @@ def estimated_sparse_attention(
             queries', non-decreasing over the valid positions; a query sees its own document only.
             -1 is padding: seen by no query, its own output zero.
         return_cells: return (y, cells) and not y alone.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch",
+            "reference", or "auto": "triton" on a GPU, on a CPU "cpp" where there is a compiler.
 
     Returns:
         y (B, T, H, V) in the dtype of v; sums are float32 (float64 for float64 inputs) whatever
@@ -140,7 +143,7 @@ def estimated_sparse_attention(
     Raises:
         ValueError: shapes or dtypes do not fit, T = 0, k_cells below 1, or a grouping that is
             unknown or sees the future.
-        BackendError: no such backend.
+        BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
     name = "estimated_sparse_attention"
     check_floating(name, q=q, k=k, v=v, probs=probs)

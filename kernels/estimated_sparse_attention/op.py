@@ -5,6 +5,7 @@ torch.compile. B batch, T queries, S keys, H heads, G key heads, D head width, K
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation
+from kernels.estimated_sparse_attention import cpp
 from kernels.estimated_sparse_attention.flops import estimated_sparse_attention_flops
+from kernels.native import library_for
 from kernels.precision import accumulation_dtype
 
 Shape = Sequence[int]
@@ -35,11 +38,16 @@ def estimated_sparse_attention_torch(
     """y (B, T, H, V) and the cells chosen, bool (B, H, T, K).
 
     Args:
-        form: the module of this package that does it, "sparse" or "triton".
+        form: the module of this package that does it, "sparse" or "triton"; "cpp"; or "auto", see
+            kernels.native.library_for, and "sparse" where that is not C++.
     """
     options = (k_cells, causal, grouping, scale, form)
     y, cells, _ = _attend(q, k, v, probs.detach(), segments, *options)
     return y, cells
+
+
+def _torch_form(form: str) -> ModuleType:
+    return implementation(__package__, "sparse" if form == "auto" else form)
 
 
 @custom_op("seqmix::estimated_sparse_attention", mutates_args=())
@@ -55,7 +63,10 @@ def _attend(
     scale: float,
     form: str = "sparse",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    forward = implementation(__package__, form).forward
+    library = library_for("estimated_sparse_attention", cpp.SOURCE, form, q.device)
+    if library is not None:
+        return cpp.forward(library, q, k, v, probs, segments, k_cells, causal, grouping, scale)
+    forward = _torch_form(form).forward
     return forward(q, k, v, probs, segments, k_cells, causal, grouping, scale)
 
 
@@ -96,7 +107,10 @@ def _backward(
     scale: float,
     form: str = "sparse",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = implementation(__package__, form).backward
+    library = library_for("estimated_sparse_attention", cpp.SOURCE, form, q.device)
+    if library is not None:
+        return cpp.backward(library, grad_y, q, k, v, segments, cells, y, log_sum, causal, scale)
+    backward = _torch_form(form).backward
     return backward(grad_y, q, k, v, segments, cells, y, log_sum, k_cells, causal, grouping, scale)
 
 

@@ -23,6 +23,7 @@ from kernels.estimated_sparse_attention import (
     select_cells,
     stretch_cells,
 )
+from kernels.native import has_compiler
 from tests.kernels.compare import (
     TOLERANCE,
     LargestTensor,
@@ -33,6 +34,8 @@ from tests.kernels.compare import (
     documents,
 )
 
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+CPP = pytest.param("cpp", marks=needs_compiler)
 GOLDEN = Path(__file__).parents[1] / "golden"
 select = import_module("kernels.estimated_sparse_attention.select")
 sparse = import_module("kernels.estimated_sparse_attention.sparse")
@@ -68,7 +71,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.golden("sea_topk_sparse", mixers=["sea"])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPP, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_golden_selection_and_attention(backend, dtype):
     data = golden("sea_topk_sparse")
@@ -144,7 +147,8 @@ def test_interval_form_is_the_index_form():
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", [None, "packed", "padded"])
 @pytest.mark.parametrize("T", [1, 7, 8, 9, 37])
-def test_forms_agree(small_tiles, T, kind, dtype):
+@pytest.mark.parametrize("backend", ["torch", CPP])
+def test_forms_agree(small_tiles, backend, T, kind, dtype):
     segments = documents(B, T, kind)
     valid = None if segments is None else segments >= 0
     *given, probs = inputs(T)
@@ -161,7 +165,66 @@ def test_forms_agree(small_tiles, T, kind, dtype):
                 backend=backend,
             )[None]
 
-        assert_forms_agree(form, given, dtype, valid)
+        assert_forms_agree(form, given, dtype, valid, backend)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("widths", [(64, 64), (48, 80), (1, 16), (17, 33)])
+def test_cpp_at_widths_around_its_vectors(widths, dtype):
+    """Inputs of any strides, and rows that do and do not begin where vectors do."""
+    T, (D, V) = 150, widths
+    generator = torch.Generator().manual_seed(D)
+    probs = torch.rand(2, 4, T, 32, generator=generator).softmax(-1)
+
+    def form(backend, q, k, v):
+        options = {"k_cells": 20, "backend": backend}
+        return [
+            estimated_sparse_attention(q, k, v, probs, **options),
+            estimated_sparse_attention(q[:, 1:], k[:, 1:], v[:, 1:], probs[:, :, 1:], **options),
+        ]
+
+    def heads_first(heads: int, width: int) -> Tensor:
+        x = torch.randn(2, heads, T, width, generator=generator, dtype=torch.float64)
+        return x.transpose(1, 2)
+
+    given = [heads_first(4, D), heads_first(2, D), heads_first(2, V)]
+    assert_forms_agree(form, given, dtype, None, "cpp")
+
+
+@needs_compiler
+def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 600, 4, 32, generator=generator).requires_grad_() for _ in range(3))
+    probs = torch.rand(2, 4, 600, 64, generator=generator)
+
+    def run() -> list[Tensor]:
+        y = estimated_sparse_attention(q, k, v, probs, k_cells=30, backend="cpp")
+        return [y, *torch.autograd.grad(y.square().sum(), (q, k, v))]
+
+    once, threads = run(), torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert all(torch.equal(a, b) for a, b in zip(run(), once, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_cpp_does_not_hide_what_is_not_finite(bad):
+    """An output is not finite where, and only where, a token that it sees has a bad value."""
+    q, k, v, probs = inputs(60)
+    options = {"k_cells": 3, "backend": "cpp", "return_cells": True}
+    _, chosen = estimated_sparse_attention(q, k, v, probs, **options)
+    v[0, 30, 0, 2] = bad
+    y, _ = estimated_sparse_attention(q, k, v, probs, **options)
+    seen = stretch_cells(chosen)[..., 30].transpose(1, 2)  # (B, T, H)
+    seen[1:] = False
+    seen[:, :, H // G :] = False  # heads of other keys
+    assert seen.any()
+    assert torch.equal(~y.isfinite().all(-1), seen)
 
 
 @pytest.mark.parametrize(("causal", "grouping"), CHOICES)
@@ -184,9 +247,9 @@ def test_choices_agree(small_tiles, causal, grouping, kind):
                 return_cells=True,
                 backend=backend,
             )[1]
-            for backend in ("torch", "reference")
+            for backend in ("auto", "torch", "reference")
         ]
-        assert torch.equal(*chosen)
+        assert all(torch.equal(x, chosen[0]) for x in chosen)
         alone = select_cells(probs, 3, keys=S, causal=causal, grouping=grouping, segments=segments)
         assert torch.equal(alone, chosen[0])
 
@@ -294,13 +357,14 @@ def test_documents_equal_separate_runs():
                 assert_close(f"document {name}", y[row, at], one, TOLERANCE[torch.float64])
 
 
-def test_gradcheck(small_tiles):
+@pytest.mark.parametrize("backend", ["torch", CPP])
+def test_gradcheck(small_tiles, backend):
     """Of one row: tiles of a few queries, documents and padding."""
     *given, probs = (x[:1] for x in inputs(7))
     segments = documents(B, 7, "padded")[:1]
 
     def fn(*x):
-        return estimated_sparse_attention(*x, probs, k_cells=2, segments=segments)
+        return estimated_sparse_attention(*x, probs, k_cells=2, segments=segments, backend=backend)
 
     assert torch.autograd.gradcheck(fn, [x.requires_grad_() for x in given])
 
