@@ -73,16 +73,16 @@ inline void store_row(const Vec<T>* from, int64_t width, S* to, T scale = 1) {
   for (int64_t i = 0; i < width; ++i) to[i] = convert<S>(in[i] * scale);
 }
 
-// to (vectors WIDTH, COLUMNS) = the transpose of from (COLUMNS WIDTH, vectors).
+// to (vectors WIDTH, groups) = the transpose of from (groups WIDTH, vectors).
 template <class T>
-inline void turn(const Vec<T>* from, int64_t vectors, Vec<T>* to) {
+inline void turn(const Vec<T>* from, int64_t vectors, int64_t groups, Vec<T>* to) {
   constexpr int W = WIDTH<T>;
   for (int64_t j = 0; j < vectors; ++j)
-    for (int g = 0; g < COLUMNS; ++g) {
+    for (int64_t g = 0; g < groups; ++g) {
       Vec<T> square[W];
       for (int i = 0; i < W; ++i) square[i] = from[(g * W + i) * vectors + j];
       transpose<T>(square);
-      for (int i = 0; i < W; ++i) to[(j * W + i) * COLUMNS + g] = square[i];
+      for (int i = 0; i < W; ++i) to[(j * W + i) * groups + g] = square[i];
     }
 }
 

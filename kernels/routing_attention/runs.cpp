@@ -174,7 +174,7 @@ class Attention {
     }
     for (int64_t from = walk_from_; from < walk_to_; from += KEYS<T>) {
       read_keys(from, p_.k, k_);
-      turn<T>(k_.data(), V_, turned_k_.data());
+      turn<T>(k_.data(), V_, COLUMNS, turned_k_.data());
       read_keys(from, p_.v, v_);
       for (int64_t i = 0; i < size_; i += ROWS) {
         const int64_t rows = std::min<int64_t>(ROWS, size_ - i);
@@ -314,9 +314,9 @@ class Attention {
     }
     for (int64_t from = walk_from_; from < walk_to_; from += KEYS<T>) {
       read_keys(from, p_.v, v_);
-      turn<T>(v_.data(), V_, turned_v_.data());
+      turn<T>(v_.data(), V_, COLUMNS, turned_v_.data());
       read_keys(from, p_.k, k_);
-      turn<T>(k_.data(), V_, turned_k_.data());
+      turn<T>(k_.data(), V_, COLUMNS, turned_k_.data());
       int64_t begin = size_, end = 0;  // of the queries that see any of these keys
       for (int64_t i = 0; i < size_; i += ROWS) {
         const int64_t rows = std::min<int64_t>(ROWS, size_ - i);

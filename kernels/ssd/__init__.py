@@ -17,6 +17,8 @@ __all__ = ["ssd", "ssd_flops"]
 
 _FORMS = {
     "triton": partial(ssd_torch, form="triton"),
+    "auto": partial(ssd_torch, form="auto"),
+    "cpp": partial(ssd_torch, form="cpp"),
     "torch": ssd_torch,
     "reference": ssd_reference,
 }
@@ -74,7 +76,9 @@ def ssd(
         segments: int (B, L) document numbers, non-decreasing over the valid positions; S starts
             at zero in each document. -1 is padding: a step of size zero, which leaves S alone;
             its output is finite and otherwise unspecified.
-        backend: "auto", "triton", "torch" (chunks) or "reference" (the loop).
+        backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch"
+            (chunks), "reference" (the loop), or "auto": "triton" on a GPU, on a CPU "cpp" where
+            there is a compiler.
 
     Returns:
         y (B, L, H, P) in the dtype of x, and if asked for the states (B, H, P, N) after each
@@ -82,7 +86,7 @@ def ssd(
 
     Raises:
         ValueError: shapes or dtypes do not fit, L = 0, or chunk_size < 1.
-        BackendError: no such backend.
+        BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
     _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, segments)
     dtype = accumulation_dtype(x)

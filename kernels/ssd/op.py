@@ -3,6 +3,7 @@
 B batch, L time, H heads, P width per head, N state, G groups.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,10 +11,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation
+from kernels.native import library_for
 from kernels.precision import accumulation_dtype, outside_autocast
-from kernels.ssd import chunked
+from kernels.ssd import chunked, cpp
 from kernels.ssd.flops import ssd_backward_flops, ssd_flops
 from kernels.ssd.spans import Arguments
+
+
+def _torch_form(form: str) -> ModuleType:
+    return implementation(__package__, "chunked" if form == "auto" else form)
 
 
 @torch.library.custom_op("seqmix::ssd", mutates_args=())
@@ -32,8 +38,11 @@ def _forward(
     keep_states: bool,
     form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
-    return implementation(__package__, form).forward(Arguments(*arguments), keep_states)
+    arguments = Arguments(x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
+    library = library_for("ssd", cpp.SOURCE, form, x.device)
+    if library is not None:
+        return cpp.forward(library, arguments, keep_states)
+    return _torch_form(form).forward(arguments, keep_states)
 
 
 @_forward.register_fake
@@ -69,9 +78,11 @@ def _backward(
     chunk_size: int,
     form: str = "chunked",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = (x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
-    backward = implementation(__package__, form).backward
-    return backward(Arguments(*arguments), kept, grad_y, grad_last)
+    arguments = Arguments(x, dt, log_decay, B, C, D, z, initial_states, documents, chunk_size)
+    library = library_for("ssd", cpp.SOURCE, form, x.device)
+    if library is not None:
+        return cpp.backward(library, arguments, kept, grad_y, grad_last)
+    return _torch_form(form).backward(arguments, kept, grad_y, grad_last)
 
 
 @_backward.register_fake
@@ -193,7 +204,8 @@ def ssd_torch(
     """ssd_reference by chunks, or as a single step where there is no gradient to keep.
 
     Args:
-        form: the module of this package that does the chunks, "chunked" or "triton".
+        form: the module of this package that does the chunks, "chunked" or "triton"; "cpp"; or
+            "auto", see kernels.native.library_for, and "chunked" where that is not C++.
     """
     given = (x, dt, log_decay, B, C, D, z, initial_states)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)

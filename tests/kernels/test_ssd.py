@@ -3,6 +3,7 @@
 B batch, L time, H heads, P width per head, N state, G groups.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import peak_bytes
 from kernels import BackendError, ssd
+from kernels.native import has_compiler
 from kernels.ssd import chunked, spans, ssd_flops
 from kernels.ssd.flops import ssd_backward_flops
 from kernels.ssd.op import ssd_torch
 from kernels.ssd.reference import ssd_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-BACKENDS = ("reference", "torch")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+CPP = pytest.param("cpp", marks=needs_compiler)
+BACKENDS = ("reference", "torch", CPP)
+CHUNKED = pytest.mark.parametrize("backend", ["torch", CPP])
+ssd_cpp = pytest.param(partial(ssd_torch, form="cpp"), marks=needs_compiler, id="cpp")
 CHUNK = 8
 LENGTHS = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 23, 4 * CHUNK)
 EXACT = 1e-12  # relative to the largest value: float64, sums of up to a hundred terms
@@ -88,7 +94,7 @@ def random_segments(batch: int, length: int, seed: int) -> torch.Tensor:
 @pytest.mark.golden("mamba_ssd_minimal", mixers=["mamba2"])
 @GOLDEN_TOLERANCES
 @pytest.mark.parametrize("chunk", [1, 8, 7, 64])
-@pytest.mark.parametrize("form", [ssd_reference, ssd_torch])
+@pytest.mark.parametrize("form", [ssd_reference, ssd_torch, ssd_cpp])
 def test_golden_minimal(form, chunk, dtype, forward, backward):
     data = {
         name: torch.from_numpy(array)
@@ -108,7 +114,7 @@ def test_golden_minimal(form, chunk, dtype, forward, backward):
 @pytest.mark.golden("mamba_ssd_stress", mixers=["mamba2"])
 @GOLDEN_TOLERANCES
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64, 96])
-@pytest.mark.parametrize("form", [ssd_reference, ssd_torch])
+@pytest.mark.parametrize("form", [ssd_reference, ssd_torch, ssd_cpp])
 def test_golden_stress(form, chunk, dtype, forward, backward):
     data = {
         name: torch.from_numpy(array)
@@ -147,20 +153,22 @@ def test_stress_through_the_public_function(dtype, backend):
     assert_near(grads[1], data["grad_B"], max(tolerance, 1e-9))
 
 
+@CHUNKED
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("L", LENGTHS)
-def test_chunks_equal_the_loop(L, segmented):
+def test_chunks_equal_the_loop(L, segmented, backend):
     args = arguments(L, groups=2, segments=random_segments(2, L, L) if segmented else None)
-    for got, expected in zip(run("torch", args), run("reference", args), strict=True):
+    for got, expected in zip(run(backend, args), run("reference", args), strict=True):
         assert_near(got, expected, EXACT)
 
 
+@CHUNKED
 @pytest.mark.parametrize("chunk", [1, 7, 16, 37, 100])
-def test_chunk_size_changes_rounding_only(chunk):
+def test_chunk_size_changes_rounding_only(chunk, backend):
     for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, 1e-5)):
         segments = random_segments(2, 37, 3)
         args = arguments(37, groups=4, dtype=dtype, segments=segments, chunk_size=chunk)
-        for got, expected in zip(run("torch", args), run("reference", args), strict=True):
+        for got, expected in zip(run(backend, args), run("reference", args), strict=True):
             assert_near(got, expected, tolerance)
 
 
@@ -172,6 +180,7 @@ def test_spans_of_chunks_equal_the_loop(L, monkeypatch):
         assert_near(got, expected, EXACT)
 
 
+@CHUNKED
 @pytest.mark.parametrize(
     "given",
     [
@@ -183,14 +192,15 @@ def test_spans_of_chunks_equal_the_loop(L, monkeypatch):
     ],
     ids=["no D", "wide D", "no gate", "limits", "limits with padding"],
 )
-def test_optional_arguments(given):
+def test_optional_arguments(given, backend):
     args = arguments(19, **given)
-    for got, expected in zip(run("torch", args), run("reference", args), strict=True):
+    for got, expected in zip(run(backend, args), run("reference", args), strict=True):
         assert_near(got, expected, EXACT)
 
 
+@CHUNKED
 @pytest.mark.parametrize("L", [1, 5])
-def test_gradcheck(L):
+def test_gradcheck(L, backend):
     segments = torch.tensor([[0] * L, [-1, 2, 2, 3, -1][:L]])
     args = arguments(L, heads=2, width=2, d_state=2, chunk_size=2, segments=segments)
     names = [
@@ -199,7 +209,7 @@ def test_gradcheck(L):
 
     def call(*tensors: torch.Tensor):
         given = args | dict(zip(names, tensors, strict=True))
-        return ssd(**given, return_final_states=True)
+        return ssd(**given, return_final_states=True, backend=backend)
 
     assert torch.autograd.gradcheck(call, [args[name] for name in names])
 
@@ -292,8 +302,59 @@ def test_heads_groups_and_unused_states(backend):
     assert_near(ssd(**wider, backend=backend), y, EXACT)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "d_state"), [(64, 64), (16, 80), (48, 1), (1, 128), (65, 33)])
+def test_cpp_at_widths_around_its_vectors(width, d_state, dtype):
+    """Full chunks of 64, blocks of several heads and one of fewer, tokens of any strides."""
+    args = arguments(
+        150, 1, 10, width, d_state, groups=2, chunk_size=64, segments=random_segments(1, 150, 6)
+    )
+    low = {n: args[n].detach().to(dtype) for n in ("x", "B", "C", "z")}
+    rest = torch.float64 if dtype is torch.float64 else torch.float32
+    low |= {
+        n: t.detach().to(rest)
+        for n, t in args.items()
+        if n not in low and isinstance(t, torch.Tensor) and t.is_floating_point()
+    }
+    for name in ("x", "B", "z"):
+        wide = torch.cat([low[name], low[name]], 2)
+        low[name] = wide[:, :, : low[name].shape[2]]
+    exact = args | {n: t.double().requires_grad_() for n, t in low.items()}
+    low = args | {n: t.requires_grad_() for n, t in low.items()}
+    tolerance = {torch.float64: EXACT, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    for got, expected in zip(run("cpp", low), run("torch", exact), strict=True):
+        assert_near(got, expected, tolerance)
+
+
+@needs_compiler
+def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
+    args = arguments(200, 3, 8, 32, 32, groups=2, dtype=torch.float32, chunk_size=64)
+    once, threads = run("cpp", args), torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert all(torch.equal(a, b) for a, b in zip(run("cpp", args), once, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_cpp_does_not_hide_what_is_not_finite(bad):
+    """It reaches all later steps of its head and document, and no other head or row."""
+    args = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in arguments(40).items()}
+    args["segments"] = torch.tensor([[0] * 30 + [1] * 10, [0] * 40])
+    args["x"][0, 13, 1, 2] = bad
+    finite = ssd(**args, backend="cpp")[..., 2].isfinite()
+    assert not finite[0, 13:30, 1].any()
+    assert finite[0][:, [0, 2, 3]].all()
+    assert finite[1].all()
+
+
+@CHUNKED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_decays_are_finite(dtype):
+def test_extreme_decays_are_finite(dtype, backend):
     """Steps up to 60 and runs of zero, A from -1e-3 to -16: values, states and gradients."""
     args = arguments(150, heads=3, dt_bias=None, dt_softplus=False, chunk_size=64)
     args["A"] = torch.tensor([-16.0, -1.0, -1e-3], dtype=torch.float64).requires_grad_()
@@ -309,14 +370,15 @@ def test_extreme_decays_are_finite(dtype):
     low = args | {name: t.requires_grad_() for name, t in low.items()}
     # float32: rounding only. bfloat16: y and the gradients are rounded to 8 bits at the end.
     tolerance = 1e-5 if dtype is torch.float32 else 1e-2
-    for got, expected in zip(run("torch", low), run("reference", exact), strict=True):
+    for got, expected in zip(run(backend, low), run("reference", exact), strict=True):
         assert_near(got, expected, tolerance)
 
 
-def test_bf16_is_near_fp32():
+@CHUNKED
+def test_bf16_is_near_fp32(backend):
     args = arguments(70, dtype=torch.float32)
     low = {n: args[n].detach().bfloat16().requires_grad_() for n in ("x", "dt", "B", "C", "z")}
-    for got, expected in zip(run("torch", args | low), run("torch", args), strict=True):
+    for got, expected in zip(run(backend, args | low), run(backend, args), strict=True):
         assert_near(got, expected, 2e-2)  # inputs of 8 bits
 
 
@@ -412,5 +474,5 @@ def test_bad_input(wrong, message):
 
 
 def test_unknown_backend():
-    with pytest.raises(BackendError, match="these can serve the call: torch, reference"):
+    with pytest.raises(BackendError, match="these can serve the call: auto, cpp, torch, reference"):
         ssd(**arguments(5), backend="mamba_ssm")
