@@ -43,14 +43,15 @@ def steps(
     (B, T, H, K), V = q.shape, v.shape[3]
     exact = accumulation_dtype(q, k, v)
     stored = v.dtype if v.dtype == q.dtype == k.dtype and v.dtype in DTYPES else exact
-    q, k, values = (x.to(stored).contiguous() for x in (q, k, v))
+    q, k, values = _readable(q, stored), _readable(k, stored), _readable(v, stored)
     if S is not None and z is not None:
-        S, z = S.to(exact).contiguous(), z.to(exact).contiguous()
+        S, z = _readable(S, exact), _readable(z, exact)
+        S_after, z_after = torch.empty_like(S), torch.empty_like(z)
+    else:
+        S_after, z_after = q.new_empty(B, H, K, V, dtype=exact), q.new_empty(B, H, K, dtype=exact)
     if padding is not None:
         padding = padding.contiguous()
     y = torch.empty_like(values)
-    S_after = torch.empty((B, H, K, V), dtype=exact)
-    z_after = torch.empty((B, H, K), dtype=exact)
     threads = 1 if S_after.numel() < ONE_THREAD else torch.get_num_threads()
     problem = _Problem(
         B, T, H, K, V, DTYPES.index(stored), normalize, threads, scale, eps,
@@ -58,7 +59,12 @@ def steps(
         y.data_ptr(), S_after.data_ptr(), z_after.data_ptr(),
     )  # fmt: skip
     library.steps(ctypes.byref(problem))
-    return y.to(v.dtype), S_after, z_after
+    return y if stored == v.dtype else y.to(v.dtype), S_after, z_after
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Two calls that do nothing would cost as much as the step.
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def _address(x: Tensor | None) -> int | None:

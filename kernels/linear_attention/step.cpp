@@ -50,31 +50,42 @@ class Steps {
 
   void token_of(const T* S, const T* z, T* S_after, T* z_after) {
     T weight = 0;
-    out_.assign(p_.V, T(0));
-    T *out = out_.data(), *v = v_.data();
     for (int64_t i = 0; i < p_.K; ++i) {
-      const T k = k_[i], q = q_[i] * static_cast<T>(p_.scale);
-      T* to = S_after + i * p_.V;
-      if (S) {
-        const T* from = S + i * p_.V;
-#pragma omp simd
-        for (int64_t j = 0; j < p_.V; ++j) {
-          const T s = from[j] + k * v[j];
-          to[j] = s;
-          out[j] += q * s;
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < p_.V; ++j) {
-          to[j] = k * v[j];
-          out[j] += q * to[j];
-        }
+      q_[i] *= static_cast<T>(p_.scale);
+      z_after[i] = (z ? z[i] : T(0)) + k_[i];
+      weight += q_[i] * z_after[i];
+    }
+    constexpr int64_t W = WIDTH<T>;
+    int64_t j = 0;
+    for (; j + 4 * W <= p_.V; j += 4 * W) columns<4>(S, S_after, j);
+    for (; j + W <= p_.V; j += W) columns<1>(S, S_after, j);
+    for (; j < p_.V; ++j) {
+      out_[j] = 0;
+      for (int64_t i = 0; i < p_.K; ++i) {
+        const int64_t at = i * p_.V + j;
+        S_after[at] = (S ? S[at] : T(0)) + k_[i] * v_[j];
+        out_[j] += q_[i] * S_after[at];
       }
-      z_after[i] = (z ? z[i] : T(0)) + k;
-      weight += q * z_after[i];
     }
     if (p_.normalize)
       for (T& y : out_) y /= weight + static_cast<T>(p_.eps);
+  }
+
+  // N vectors of the state's columns from j on: their sums stay in registers.
+  template <int N>
+  void columns(const T* S, T* S_after, int64_t j) {
+    Vec<T> v[N], out[N]{}, s[N]{};
+    std::memcpy(v, &v_[j], sizeof v);
+    for (int64_t i = 0; i < p_.K; ++i) {
+      if (S) std::memcpy(s, S + i * p_.V + j, sizeof s);
+      Vec<T> now[N];
+      for (int n = 0; n < N; ++n) {
+        now[n] = s[n] + k_[i] * v[n];
+        out[n] += q_[i] * now[n];
+      }
+      std::memcpy(S_after + i * p_.V + j, now, sizeof now);
+    }
+    std::memcpy(&out_[j], out, sizeof out);
   }
 
   const Problem& p_;

@@ -68,17 +68,18 @@ def lines_of_groups(
     """As runs.make_runs."""
     (B, T, H), S = q_groups.shape, k_groups.shape[1]
     q_groups, k_groups = q_groups.contiguous(), k_groups.contiguous()
-    runs = torch.empty(3, B * H, T, dtype=torch.int32)
+    low, high, own = (torch.empty(B * H, T, dtype=torch.int32) for _ in range(3))
     q_rows = torch.empty(B * H, T, dtype=torch.int64)
     k_rows = torch.empty(B * H, S, dtype=torch.int64)
     threads = _threads(B * H * (S + T) * 64)  # a sort and some walks, about
     sources = _Sources(
         B * H, H, T, S, window, causal, threads,
         q_groups.data_ptr(), k_groups.data_ptr(), None, None,
-        q_rows.data_ptr(), k_rows.data_ptr(), *(x.data_ptr() for x in runs),
+        *(x.data_ptr() for x in (q_rows, k_rows, low, high, own)),
     )  # fmt: skip
     library.make_runs(ctypes.byref(sources))
-    return Lines(S, min(window if causal else 2 * window, S), *runs, q_rows, k_rows)
+    most = min(window if causal else 2 * window, S)
+    return Lines(S, most, low, high, own, q_rows, k_rows)
 
 
 def lines_of_members(
