@@ -32,6 +32,7 @@ __all__ = [
 _FORMS = {
     "triton": partial(linear_attention_op, form="triton"),
     "auto": partial(linear_attention_op, form="auto"),
+    "cpp": partial(linear_attention_op, form="cpp"),
     "torch": linear_attention_op,
     "reference": linear_attention_reference,
 }
@@ -77,8 +78,9 @@ def linear_attention(
             rounded to the dtype of v. Triton's kernels make the features of each tile as they load
             it, so that none reach memory, for X up to 64; other forms, wider inputs and single
             tokens have them made in front.
-        backend: "triton", "torch", "reference", or "auto": "triton" on a GPU, else "torch" with
-            single tokens in C++ where that can be built, see kernels.native.
+        backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch",
+            "reference", or "auto": "triton" on a GPU, on a CPU "cpp" where there is a compiler, but
+            for 16-bit inputs on a CPU with AMX, whose chunks are torch's.
 
     Returns:
         y (B, T, H, V) in the dtype of v, and the state of each row's last valid document in
@@ -86,7 +88,7 @@ def linear_attention(
 
     Raises:
         ValueError: shapes or dtypes do not fit, T = 0, or an unknown map.
-        BackendError: no such backend.
+        BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
     check_map(feature_map)
     _check(q, k, v, initial_state, segments, feature_map)

@@ -5,6 +5,7 @@ torch.compile. B batch, T time, H heads, K features, X the width that a feature 
 (K without one), V value width, W = V plus the normaliser.
 """
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from kernels.native import library_for
 from kernels.precision import accumulation_dtype
 from kernels.segments import first_document, last_document
 
-_STEPS = {"chunked": "step", "triton": "triton_step", "auto": "auto"}
+_STEPS = {"chunked": "step", "triton": "triton_step", "auto": "auto", "cpp": "cpp"}
 
 
 def linear_attention_op(
@@ -48,9 +49,8 @@ def linear_attention_op(
     Triton's chunks make the features of their own tiles; every other form is given them.
 
     Args:
-        form: "chunked" or "triton", the module of this package that does the chunks; or "auto",
-            whose chunks are "chunked" and whose steps are C++ where kernels.native.library_for
-            can build it.
+        form: "chunked" or "triton", the module of this package that does the chunks; "cpp"; or
+            "auto": C++ where kernels.native.library_for can build it, chunks if that pays.
     """
     S, z = initial_state or (None, None)
     few = q.shape[1] <= (MOST_STEPS if segments is None and form != "triton" else 1)
@@ -68,8 +68,7 @@ def linear_attention_op(
     state = S
     if normalize and S is not None and z is not None:
         state = torch.cat([S, z[..., None].to(S.dtype)], dim=-1)
-    chunks = "chunked" if form == "auto" else form
-    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps, chunks, feature_map)
+    y, state, _ = _chunked(q, k, v, state, segments, scale, normalize, eps, form, feature_map)
     if not return_state:
         return y, None
     if normalize:
@@ -101,6 +100,16 @@ def _option(feature_map: str | None) -> dict[str, str]:
     return {} if feature_map is None else {"feature_map": feature_map}
 
 
+def _library_of_chunks(form: str, q: Tensor, k: Tensor, v: Tensor) -> ctypes.CDLL | None:
+    if form == "auto" and not cpp.chunks_pay(q, k, v):
+        return None
+    return library_for("linear_attention", cpp.CHUNKS, form, q.device)
+
+
+def _torch_form(form: str) -> str:
+    return "chunked" if form == "auto" else form
+
+
 @custom_op("seqmix::linear_attention", mutates_args=())
 def _chunked(
     q: Tensor,
@@ -114,7 +123,10 @@ def _chunked(
     form: str = "chunked",
     feature_map: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    forward = implementation(__package__, form).forward
+    library = _library_of_chunks(form, q, k, v)
+    if library is not None:
+        return cpp.forward(library, q, k, v, state, segments, scale, normalize, eps)
+    forward = implementation(__package__, _torch_form(form)).forward
     return forward(q, k, v, state, segments, scale, normalize, eps, **_option(feature_map))
 
 
@@ -155,7 +167,10 @@ def _backward(
     form: str = "chunked",
     feature_map: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backward = implementation(__package__, form).backward
+    library = _library_of_chunks(form, q, k, v)
+    if library is not None:
+        return cpp.backward(library, grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
+    backward = implementation(__package__, _torch_form(form)).backward
     options = _option(feature_map)
     return backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale, **options)
 

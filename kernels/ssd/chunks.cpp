@@ -1,4 +1,6 @@
-// SSD by chunks, forward and backward: chunked.py's equations, with the names of its letters.
+// SSD by chunks, forward and backward: chunked.py's equations, with the names of its letters. Linear
+// attention is SSD without decay, with the queries as C, the keys as B and the values as x; a column
+// of ones behind the values then sums the weights.
 //
 // A block of a group's heads goes through the chunks of one sequence: its states stay in the cache,
 // the products of B and C are made once for all of its heads, and the gradients of B and C are summed
@@ -22,15 +24,19 @@ struct Tokens {
 // and in the dtype of sums. Null is what is not given.
 extern "C" struct Problem {
   int64_t batch, length, heads, groups, width, states, chunk, block, dtype, threads;
-  Tokens x, z, B, C, y;
-  const void *dt, *log_decay;    // (batch, length, heads)
-  const void *D, *initial;       // (heads, width), (batch, heads, width, states)
+  int64_t normalize;             // whether there is a column of ones; states are then wider by one
+  int64_t state_down, state_along;  // steps in a head's state from width to width, state to state
+  double scale, eps;             // of C; added to the sums of weights
+  Tokens x, z, B, C, y;          // without y only the states are made
+  const void *dt, *log_decay;    // (batch, length, heads); without them 1 and 0
+  const void *D, *initial;       // (heads, width), states of (batch, heads)
   const int64_t* documents;      // (batch, length), growing by 1 or more where a document begins
-  void *last, *kept;             // (batch, heads, width, states), (batch, chunks, groups, states, -1)
-  Tokens grad_y, dx, dz;         // these are for the backward pass only
+  void *last, *kept;             // states of (batch, heads), (batch, chunks, groups, states, -1)
+  void* sums;                    // (batch, length, heads): of weights and eps, if `normalize`
+  Tokens grad_y, dx, dz;         // these are for the backward pass only; y is read if `normalize`
   const void* grad_last;
-  void *d_dt, *d_log_decay, *d_initial;
-  void *parts_D;                 // (batch, heads, width)
+  void *d_dt, *d_log_decay, *d_initial;  // d_dt and d_log_decay are both wanted, or neither
+  void *parts_D;                 // (batch, heads, width), or null
   void *parts_B, *parts_C;       // (blocks of a group, batch, length, groups, states)
 };
 
@@ -43,7 +49,8 @@ class Block {
       : p_(p),
         Q_(std::min(p.chunk, p.length)),
         Qv_(vectors_of<T>(Q_)),
-        Pv_(vectors_of<T>(p.width)),
+        P_(p.width + p.normalize),
+        Pv_(vectors_of<T>(P_)),
         Nv_(vectors_of<T>(p.states)),
         R_(p.heads / p.groups),
         blocks_((R_ + p.block - 1) / p.block),
@@ -72,19 +79,13 @@ class Block {
     choose(unit);
     for (int64_t r = 0; r < heads_; ++r) read_states(p_.initial, r);
     for (int64_t start = 0; start < p_.length; start += Q_) {
-      read_chunk(start);
+      read_chunk(start, p_.y.data);
       for (int64_t r = 0; r < heads_; ++r) {
         Vec<T>* H = state(r);
         if (p_.kept) kept<false>(r, H);
         read_head(r);
-        outputs(H);
-        for (int64_t i = 0; i < size_; ++i) {
-          if (p_.z.data) {
-            load(p_.z, i, r, room_.data());
-            for (int64_t j = 0; j < Pv_; ++j) y_[i * Pv_ + j] *= room_[j] * sigmoid(room_[j]);
-          }
-          store(p_.y, i, r, &y_[i * Pv_]);
-        }
+        if (p_.y.data) outputs(H);
+        for (int64_t i = 0; p_.y.data && i < size_; ++i) finish_output(r, i);
         decay_states(H);
         product<T, true>(numbers(B_), 1, Nv_ * W, leave_.data(), Pv_, H, Pv_, p_.states, Pv_, size_);
       }
@@ -103,7 +104,7 @@ class Block {
     dD_.assign(heads_ * Pv_, Vec<T>{});
     for (int64_t r = 0; r < heads_; ++r) read_states(p_.grad_last, r);
     for (int64_t start = (p_.length - 1) / Q_ * Q_; start >= 0; start -= Q_) {
-      read_chunk(start);
+      read_chunk(start, true);
       for (Matrix* each : {&dB_, &dC_, &d_squares_}) std::fill(each->begin(), each->end(), Vec<T>{});
       for (int64_t r = 0; r < heads_; ++r) head_backward(r);
       for (int64_t i = 0; i < size_; i += ROWS) {
@@ -116,12 +117,14 @@ class Block {
       for (int64_t i = 0; i < size_; ++i) {
         const int64_t token = ((number_ * p_.batch + b_) * p_.length + start_ + i) * p_.groups + group_;
         store_row<T>(&dB_[i * Nv_], p_.states, static_cast<T*>(p_.parts_B) + token * p_.states);
-        store_row<T>(&dC_[i * Nv_], p_.states, static_cast<T*>(p_.parts_C) + token * p_.states);
+        store_row<T>(&dC_[i * Nv_], p_.states, static_cast<T*>(p_.parts_C) + token * p_.states,
+                     T(p_.scale));
       }
     }
     for (int64_t r = 0; r < heads_; ++r) {
       write_states(p_.d_initial, r);
-      store_row<T>(&dD_[r * Pv_], p_.width, static_cast<T*>(p_.parts_D) + (b_ * p_.heads + head(r)) * p_.width);
+      const int64_t at = (b_ * p_.heads + head(r)) * p_.width;
+      if (p_.parts_D) store_row<T>(&dD_[r * Pv_], p_.width, static_cast<T*>(p_.parts_D) + at);
     }
   }
 
@@ -147,46 +150,49 @@ class Block {
     return static_cast<In*>(x.data) + b_ * x.batch + (start_ + i) * x.time + which * width;
   }
   void load(const Tokens& x, int64_t i, int64_t r, Vec<T>* to) const {
+    to[Pv_ - 1] = Vec<T>{};  // which may hold the column of ones alone
     load_row<T>(address(x, i, head(r), p_.width), p_.width, to);
   }
   void store(const Tokens& x, int64_t i, int64_t r, const Vec<T>* from) const {
     store_row<T>(from, p_.width, address(x, i, head(r), p_.width));
   }
 
-  // States (width, states) of a head, which stand here as (states, width); zero if there are none.
+  // A head's state, which stands here as (states, width); zero if there is none.
   void read_states(const void* from, int64_t r) {
     if (!from) return;
-    const T* x = static_cast<const T*>(from) + (b_ * p_.heads + head(r)) * p_.width * p_.states;
+    const T* x = static_cast<const T*>(from) + (b_ * p_.heads + head(r)) * P_ * p_.states;
     T* H = reinterpret_cast<T*>(state(r));
     for (int64_t n = 0; n < p_.states; ++n)
-      for (int64_t j = 0; j < p_.width; ++j) H[n * Pv_ * W + j] = x[j * p_.states + n];
+      for (int64_t j = 0; j < P_; ++j) H[n * Pv_ * W + j] = x[j * p_.state_down + n * p_.state_along];
   }
   void write_states(void* to, int64_t r) {
-    T* x = static_cast<T*>(to) + (b_ * p_.heads + head(r)) * p_.width * p_.states;
+    if (!to) return;
+    T* x = static_cast<T*>(to) + (b_ * p_.heads + head(r)) * P_ * p_.states;
     const T* H = reinterpret_cast<const T*>(state(r));
     for (int64_t n = 0; n < p_.states; ++n)
-      for (int64_t j = 0; j < p_.width; ++j) x[j * p_.states + n] = H[n * Pv_ * W + j];
+      for (int64_t j = 0; j < P_; ++j) x[j * p_.state_down + n * p_.state_along] = H[n * Pv_ * W + j];
   }
 
   // To or from the kept state in front of the chunk.
   template <bool FROM>
   void kept(int64_t r, Vec<T>* H) const {
-    const int64_t chunks = (p_.length + Q_ - 1) / Q_, line = R_ * p_.width;
+    const int64_t chunks = (p_.length + Q_ - 1) / Q_, line = R_ * P_;
     const int64_t at = (b_ * chunks + start_ / Q_) * p_.groups + group_;
-    T* there = static_cast<T*>(p_.kept) + at * p_.states * line + (head(r) - group_ * R_) * p_.width;
+    T* there = static_cast<T*>(p_.kept) + at * p_.states * line + (head(r) - group_ * R_) * P_;
     for (int64_t n = 0; n < p_.states; ++n)
-      if (FROM) load_row<T>(there + n * line, p_.width, H + n * Pv_);
-      else store_row<T>(H + n * Pv_, p_.width, there + n * line);
+      if (FROM) load_row<T>(there + n * line, P_, H + n * Pv_);
+      else store_row<T>(H + n * Pv_, P_, there + n * line);
   }
 
   // B, C and their products B_j C_i, i down and j <= i along.
-  void read_chunk(int64_t start) {
+  void read_chunk(int64_t start, bool squares) {
     start_ = start;
     size_ = std::min(Q_, p_.length - start);
     for (int64_t i = 0; i < size_; ++i) {
       load_row<T>(address(p_.B, i, group_, p_.states), p_.states, &B_[i * Nv_]);
-      load_row<T>(address(p_.C, i, group_, p_.states), p_.states, &C_[i * Nv_]);
+      load_row<T>(address(p_.C, i, group_, p_.states), p_.states, &C_[i * Nv_], T(p_.scale));
     }
+    if (!squares) return;
     std::fill(B_.begin() + size_ * Nv_, B_.end(), Vec<T>{});
     turn<T>(B_.data(), Nv_, Qv_, turned_.data());
     lower(C_, Nv_, turned_, p_.states, squares_);
@@ -212,22 +218,65 @@ class Block {
     return lane;
   }
 
+  int64_t number_of(int64_t i, int64_t r) const {
+    return (b_ * p_.length + start_ + i) * p_.heads + head(r);
+  }
+
+  void read_values(int64_t i, int64_t r) {
+    load(p_.x, i, r, &x_[i * Pv_]);
+    if (p_.normalize) column(i, x_) = 1;
+    const T dt = dt_[i] = p_.dt ? static_cast<const T*>(p_.dt)[number_of(i, r)] : T(1);
+    for (int64_t j = 0; j < Pv_; ++j) written_[i * Pv_ + j] = x_[i * Pv_ + j] * dt;
+  }
+
+  // The number behind the values of row i.
+  T& column(int64_t i, Matrix& x) const { return numbers(x)[i * Pv_ * W + p_.width]; }
+
+  // The output of step i, gated or divided by its sum of weights.
+  void finish_output(int64_t r, int64_t i) {
+    Vec<T>* y = &y_[i * Pv_];
+    if (p_.z.data) {
+      load(p_.z, i, r, room_.data());
+      for (int64_t j = 0; j < Pv_; ++j) y[j] *= room_[j] * sigmoid(room_[j]);
+    }
+    if (p_.normalize) {
+      const T sum = static_cast<T*>(p_.sums)[number_of(i, r)] = column(i, y_) + T(p_.eps);
+      for (int64_t j = 0; j < Pv_; ++j) y[j] /= sum;
+    }
+    store(p_.y, i, r, y);
+  }
+
+  // As read_head, where nothing decays and there is one document.
+  void read_head_without_decay(int64_t r) {
+    for (int64_t i = 0; i < size_; ++i) {
+      read_values(i, r);
+      for (int64_t v = 0; v < Qv_; ++v) {
+        weights_[i * Qv_ + v] = upto(i, v, squares_[i * Qv_ + v]);
+        decay_[i * Qv_ + v] = all<Vec<T>>(1);
+      }
+    }
+    std::fill(written_.begin() + size_ * Pv_, written_.end(), Vec<T>{});
+    std::fill(arriving_.begin(), arriving_.end(), all<Vec<T>>(1));
+    std::copy(written_.begin(), written_.begin() + size_ * Pv_, leave_.begin());
+    std::fill(skip_.begin(), skip_.end(), Vec<T>{});
+  }
+
   // One head's inputs, decays and weights.
   void read_head(int64_t r) {
+    if (!p_.log_decay && !p_.documents) return read_head_without_decay(r);
     using I = typename Simd<T>::I;
     const T infinite = std::numeric_limits<T>::infinity();
     const Vec<T> log2e = all<Vec<T>>(LOG2E);
     T* arriving = numbers(arriving_);
     T since = 0;
     for (int64_t i = 0; i < size_; ++i) {
-      const int64_t time = b_ * p_.length + start_ + i, at = time * p_.heads + head(r);
+      const int64_t time = b_ * p_.length + start_ + i;
       const int64_t earlier = p_.documents && start_ + i ? p_.documents[time - 1] : 0;
       const bool begins = p_.documents && p_.documents[time] != earlier;
-      dt_[i] = static_cast<const T*>(p_.dt)[at];
-      step_[i] = begins ? -infinite : static_cast<const T*>(p_.log_decay)[at];
+      const T* log_decay = static_cast<const T*>(p_.log_decay);
+      step_[i] = begins ? -infinite : log_decay ? log_decay[number_of(i, r)] : T(0);
       arriving[i] = since += step_[i];
-      load(p_.x, i, r, &x_[i * Pv_]);
-      for (int64_t j = 0; j < Pv_; ++j) written_[i * Pv_ + j] = x_[i * Pv_ + j] * dt_[i];
+      read_values(i, r);
       Vec<T>* row = &decay_[i * Qv_];
       for (int64_t v = 0; v < Qv_; ++v) {
         const I before = lanes() < all<I>(i - v * W);
@@ -260,7 +309,8 @@ class Block {
   T whole() { return numbers(arriving_)[size_ - 1]; }
 
   void decay_states(Vec<T>* H) {
-    for (int64_t n = 0; n < p_.states * Pv_; ++n) H[n] *= whole();
+    const T by = whole();
+    for (int64_t n = 0; by != 1 && n < p_.states * Pv_; ++n) H[n] *= by;
   }
 
   // y before the gate.
@@ -276,12 +326,23 @@ class Block {
     }
   }
 
+  // The gradient of output i, and that of its sum of weights behind it.
+  void read_gradient(int64_t i, int64_t r) {
+    Vec<T>* g = &g_[i * Pv_];
+    load(p_.grad_y, i, r, g);
+    if (!p_.normalize) return;
+    const T sum = static_cast<const T*>(p_.sums)[number_of(i, r)];
+    load(p_.y, i, r, room_.data());
+    for (int64_t j = 0; j < Pv_; ++j) g[j] /= sum;
+    column(i, g_) = -inner_product<T>(g, room_.data(), Pv_);
+  }
+
   void head_backward(int64_t r) {
     Vec<T>*R = state(r), *H = before_.data();
     std::fill(before_.begin(), before_.end(), Vec<T>{});
     kept<true>(r, H);
     read_head(r);
-    for (int64_t i = 0; i < size_; ++i) load(p_.grad_y, i, r, &g_[i * Pv_]);
+    for (int64_t i = 0; i < size_; ++i) read_gradient(i, r);
     if (p_.z.data) gate_backward(r, H);
     for (int64_t i = 0; i < size_; ++i)
       for (int64_t j = 0; j < Pv_; ++j) arrived_[i * Pv_ + j] = g_[i * Pv_ + j] * numbers(arriving_)[i];
@@ -290,14 +351,14 @@ class Block {
     std::vector<T> reads(size_), writes(size_);
     turn<T>(H, Pv_, Nv_, turned_state_.data());
     product<T, false>(numbers(arrived_), Pv_ * W, 1, turned_state_.data(), Nv_, part_.data(), Nv_, size_,
-                      Nv_, p_.width);
+                      Nv_, P_);
     for (int64_t i = 0; i < size_; ++i) {
       reads[i] = inner_product<T>(&C_[i * Nv_], &part_[i * Nv_], Nv_);
       for (int64_t j = 0; j < Nv_; ++j) dC_[i * Nv_ + j] += part_[i * Nv_ + j];
     }
     turn<T>(R, Pv_, Nv_, turned_state_.data());
     product<T, true>(numbers(leave_), Pv_ * W, 1, turned_state_.data(), Nv_, dB_.data(), Nv_, size_, Nv_,
-                     p_.width);
+                     P_);
     product<T, false>(numbers(B_), Nv_ * W, 1, R, Pv_, into_.data(), Pv_, size_, Pv_, p_.states);
     const T* leaving = numbers(decay_) + (size_ - 1) * Qv_ * W;
     for (int64_t i = 0; i < size_; ++i) {
@@ -310,7 +371,7 @@ class Block {
 
     // What stays inside the chunk.
     turn<T>(written_.data(), Pv_, Qv_, turned_x_.data());
-    lower(g_, Pv_, turned_x_, p_.width, slopes_);
+    lower(g_, Pv_, turned_x_, P_, slopes_);
     for (int64_t i = 0; i < size_; i += ROWS) {
       const int64_t rows = std::min<int64_t>(ROWS, size_ - i);
       product<T, true>(numbers(weights_) + i * Qv_ * W + i, 1, Qv_ * W, &g_[i * Pv_], Pv_,
@@ -325,6 +386,7 @@ class Block {
         const int64_t at = i * Qv_ + v;
         const Vec<T> slope = upto(i, v, slopes_[at] * decay_[at]);
         d_squares_[at] += slope;
+        if (!p_.d_log_decay) continue;
         sums_[v] += upto(i, v, slope * squares_[at]);  // of the steps from i on, by what they read
         within += lane_sum<T>(upto(i - 1, v, sums_[v]));
       }
@@ -335,10 +397,12 @@ class Block {
 
   // The gradients of one head's step i, whose decay has got all of its own.
   void finish(int64_t r, int64_t i, T d_decay) {
-    const int64_t at = (b_ * p_.length + start_ + i) * p_.heads + head(r);
+    const int64_t at = number_of(i, r);
     Vec<T>*into = &into_[i * Pv_], *g = &g_[i * Pv_], *x = &x_[i * Pv_], *dD = &dD_[r * Pv_];
-    static_cast<T*>(p_.d_dt)[at] = inner_product<T>(into, x, Pv_);
-    static_cast<T*>(p_.d_log_decay)[at] = d_decay;
+    if (p_.d_log_decay) {
+      static_cast<T*>(p_.d_dt)[at] = inner_product<T>(into, x, Pv_);
+      static_cast<T*>(p_.d_log_decay)[at] = d_decay;
+    }
     for (int64_t j = 0; j < Pv_; ++j) {
       dD[j] += g[j] * x[j];
       into[j] = into[j] * dt_[i] + g[j] * skip_[j];
@@ -361,7 +425,7 @@ class Block {
   }
 
   const Problem& p_;
-  const int64_t Q_, Qv_, Pv_, Nv_, R_, blocks_;
+  const int64_t Q_, Qv_, P_, Pv_, Nv_, R_, blocks_;
   int64_t b_ = 0, group_ = 0, number_ = 0, heads_ = 0, start_ = 0, size_ = 0;
   Matrix B_, C_, turned_, squares_, decay_, weights_, x_, written_, leave_, y_, skip_, room_, sums_;
   Matrix arriving_;

@@ -34,8 +34,11 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_int64, "batch", "length", "heads", "groups", "width", "states"),
         *_fields(ctypes.c_int64, "chunk", "block", "dtype", "threads"),
+        *_fields(ctypes.c_int64, "normalize", "state_down", "state_along"),
+        *_fields(ctypes.c_double, "scale", "eps"),
         *_fields(_Tokens, "x", "z", "B", "C", "y"),
         *_fields(ctypes.c_void_p, "dt", "log_decay", "D", "initial", "documents", "last", "kept"),
+        *_fields(ctypes.c_void_p, "sums"),
         *_fields(_Tokens, "grad_y", "dx", "dz"),
         *_fields(ctypes.c_void_p, "grad_last", "d_dt", "d_log_decay", "d_initial"),
         *_fields(ctypes.c_void_p, "parts_D", "parts_B", "parts_C"),
@@ -47,7 +50,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As chunked.forward."""
     (batch, length, H, P), (G, N) = args.x.shape, args.B.shape[2:]
-    call = _Call(library, args)
+    call = _call(library, args)
     y = call.tokens("y", torch.empty(args.x.shape, dtype=call.stored))
     last = call.sums("last", torch.empty(batch, H, P, N, dtype=args.dtype))
     kept = last.new_empty(0)
@@ -63,7 +66,7 @@ def backward(
 ) -> Gradients:
     """As chunked.backward."""
     (batch, length, H, P), (G, N) = args.x.shape, args.B.shape[2:]
-    call = _Call(library, args)
+    call = _call(library, args)
     call.tokens("grad_y", grad_y)
     dx = call.tokens("dx", torch.empty(args.x.shape, dtype=call.stored))
     dz = torch.empty(0, dtype=args.x.dtype)
@@ -76,7 +79,7 @@ def backward(
     d_log_decay = call.sums("d_log_decay", room(batch, length, H))
     d_initial = call.sums("d_initial", room(batch, H, P, N))
     parts_D = call.sums("parts_D", room(batch, H, P))
-    blocks = -(-(H // G) // call.block)
+    blocks = -(-(H // G) // call.problem.block)
     parts = {n: call.sums(f"parts_{n}", room(blocks, batch, length, G, N)) for n in ("B", "C")}
     call.run("backward")
     call.held.clear()  # what has been used up goes before there is more
@@ -97,36 +100,26 @@ def _sum(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-class _Call:
-    """A problem, and the tensors that it points to, which live as long."""
+class Call:
+    """A problem of chunks.cpp, and the tensors that it points to, which live as long.
 
-    def __init__(self, library: ctypes.CDLL, args: Arguments) -> None:
-        (batch, length, H, P), (G, N) = args.x.shape, args.B.shape[2:]
-        given = [x for x in (args.x, args.B, args.C, args.z) if x is not None]
-        same = all(x.dtype == args.x.dtype for x in given) and args.x.dtype in DTYPES
-        self.library, self.exact = library, args.dtype
-        self.stored = args.x.dtype if same else args.dtype
-        # By the shapes alone, so that sums do not depend on the number of threads.
-        self.block = min(_MOST_HEADS, max(1, batch * H // _BLOCKS), H // G)
+    Args:
+        stored: the dtype of x, z, B, C, y and their gradients.
+        exact: the dtype of sums.
+        sizes: numbers of the problem, by name.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, stored: torch.dtype, exact: torch.dtype, **sizes: float
+    ) -> None:
+        self.library, self.stored, self.exact = library, stored, exact
         self.held: list[Tensor] = []
-        work = batch * length * H * (P + N) * (min(args.chunk_size, length) + N)
-        threads = 1 if work < ONE_THREAD else torch.get_num_threads()
-        self.problem = _Problem(
-            batch, length, H, G, P, N, args.chunk_size, self.block,
-            DTYPES.index(self.stored), threads,
-        )  # fmt: skip
-        for name in ("x", "z", "B", "C"):
-            tensor = getattr(args, name)
-            if tensor is not None:
-                self.tokens(name, tensor)
-        self.sums("dt", args.dt)
-        self.sums("log_decay", args.log_decay)
-        if args.D is not None:
-            self.sums("D", args.D.to(args.dtype).view(H, -1).expand(H, P))
-        if args.initial_states is not None:
-            self.sums("initial", args.initial_states)
-        if args.documents is not None:
-            self._point("documents", args.documents.contiguous())
+        self.problem = _Problem(**sizes)
+        self.problem.dtype = DTYPES.index(stored)
+        size = self.problem
+        width = size.width + size.states
+        work = size.batch * size.length * size.heads * width * (size.chunk + size.states)
+        size.threads = 1 if work < ONE_THREAD else torch.get_num_threads()
 
     def tokens(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor (B, L, heads or groups, width) in the dtype of x."""
@@ -142,6 +135,10 @@ class _Call:
         """A tensor that is to be contiguous, in the dtype of sums."""
         return self._point(name, tensor.to(self.exact).contiguous())
 
+    def documents(self, tensor: Tensor) -> None:
+        """Their numbers, int64 (B, L)."""
+        self._point("documents", tensor.contiguous())
+
     def run(self, function: str) -> None:
         """Call a function of the library."""
         getattr(self.library, function)(ctypes.byref(self.problem))
@@ -150,3 +147,39 @@ class _Call:
         setattr(self.problem, name, tensor.data_ptr())
         self.held.append(tensor)
         return tensor
+
+
+def _call(library: ctypes.CDLL, args: Arguments) -> Call:
+    (batch, length, H, P), (G, N) = args.x.shape, args.B.shape[2:]
+    given = [x for x in (args.x, args.B, args.C, args.z) if x is not None]
+    same = all(x.dtype == args.x.dtype for x in given) and args.x.dtype in DTYPES
+    call = Call(
+        library,
+        args.x.dtype if same else args.dtype,
+        args.dtype,
+        batch=batch,
+        length=length,
+        heads=H,
+        groups=G,
+        width=P,
+        states=N,
+        chunk=min(args.chunk_size, length),
+        # By the shapes alone, so that sums do not depend on the number of threads.
+        block=min(_MOST_HEADS, max(1, batch * H // _BLOCKS), H // G),
+        state_down=N,
+        state_along=1,
+        scale=1,
+    )
+    for name in ("x", "z", "B", "C"):
+        tensor = getattr(args, name)
+        if tensor is not None:
+            call.tokens(name, tensor)
+    call.sums("dt", args.dt)
+    call.sums("log_decay", args.log_decay)
+    if args.D is not None:
+        call.sums("D", args.D.to(args.dtype).view(H, -1).expand(H, P))
+    if args.initial_states is not None:
+        call.sums("initial", args.initial_states)
+    if args.documents is not None:
+        call.documents(args.documents)
+    return call
