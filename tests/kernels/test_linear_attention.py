@@ -38,7 +38,11 @@ from tests.kernels.compare import (
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hedgehog_linear_attention.npz"
 LENGTHS = (1, 2, 37, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5)
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+CPP = pytest.param("cpp", marks=needs_compiler)
+FORMS = pytest.mark.parametrize("backend", ["torch", CPP])
 blocks = import_module("kernels.linear_attention.blocks")
+cpp = import_module("kernels.linear_attention.cpp")
 chunked = import_module("kernels.linear_attention.chunked")
 
 
@@ -57,10 +61,11 @@ def flat(q, k, v, S=None, z=None, **options):
     return y, S, z
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", [None, "packed", "padded"])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_forms_agree(T, kind, dtype):
+def test_forms_agree(T, kind, dtype, backend):
     segments = documents(3, T, kind)
     valid = None if segments is None else segments >= 0
     for normalize, with_state, scale in ((True, True, 0.5), (False, True, 0.5), (True, False, 1.0)):
@@ -69,7 +74,55 @@ def test_forms_agree(T, kind, dtype):
         def form(backend, *x, options={"scale": scale, "normalize": normalize}):  # noqa: B006
             return flat(*x, segments=segments, backend=backend, **options)
 
-        assert_forms_agree(form, given, dtype, valid)
+        assert_forms_agree(form, given, dtype, valid, backend)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("widths", [(64, 64), (16, 80), (130, 1), (1, 47), (33, 48)])
+def test_cpp_at_widths_around_its_vectors(widths, dtype):
+    """The column of ones begins a vector of its own or not; inputs of any strides."""
+    q, k, v, S, z = inputs(2 * CHUNK + 7, 2, 2, *widths)
+    segments = documents(2, 2 * CHUNK + 7, "packed")
+
+    def form(backend, q, k, v, S, z):
+        q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
+        options = {"backend": backend, "scale": 0.5}
+        y, *end = flat(q, k, v, S, z, **options)
+        return [y, *end, *flat(q, k, v, S, z, segments=segments, normalize=False, **options)]
+
+    assert_forms_agree(form, [q, k, v, S, z], dtype, None, "cpp")
+
+
+@needs_compiler
+@pytest.mark.parametrize("normalize", [True, False])
+def test_cpp_repeats_to_the_bit_with_any_number_of_threads(normalize):
+    given = [x.requires_grad_() for x in inputs(300, 2, 4, 32, 32, torch.float32)]
+
+    def run() -> list[Tensor]:
+        outputs = flat(*given, normalize=normalize, backend="cpp")
+        loss = sum(y.square().sum() for y in outputs)
+        return [*outputs, *torch.autograd.grad(loss, given)]
+
+    once, threads = run(), torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert all(torch.equal(a, b) for a, b in zip(run(), once, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_auto_leaves_16_bit_chunks_to_torch_where_there_is_amx(monkeypatch, amx):
+    monkeypatch.setattr(cpp, "has_amx", lambda: amx)
+    q, k, v = (x.requires_grad_() for x in inputs(70, dtype=torch.float32)[:3])
+    low = [x.bfloat16() for x in (q, k, v)]
+    both = [linear_attention(*low, backend=backend) for backend in ("torch", "auto")]
+    assert torch.equal(*both) or not amx
+    if has_compiler():
+        for x in ([q, k, v], *([] if amx else [low])):
+            assert torch.equal(linear_attention(*x), linear_attention(*x, backend="cpp"))
 
 
 @pytest.mark.parametrize("kind", [None, "padded"])
@@ -110,37 +163,44 @@ def test_feature_maps_may_be_wider_than_values():
     assert_close("S", S_end, expected[1], TOLERANCE[torch.float32])
 
 
+@FORMS
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", [None, "padded"])
-def test_gradcheck_over_chunks(monkeypatch, kind, normalize):
-    monkeypatch.setattr(blocks, "CHUNK", 2)
+def test_gradcheck_over_chunks(monkeypatch, kind, normalize, backend):
+    for module in (blocks, cpp):
+        monkeypatch.setattr(module, "CHUNK", 2)
     segments = documents(2, 5, kind)
     given = [x.requires_grad_() for x in inputs(5, B=2, H=1, K=2, V=2)]
 
     def fn(*x):
-        y, S, z = flat(*x, normalize=normalize, scale=0.7, segments=segments)
+        options = {"normalize": normalize, "scale": 0.7, "segments": segments}
+        y, S, z = flat(*x, **options, backend=backend)
         return (y, S, z) if segments is None else (y[segments >= 0], S, z)
 
     assert torch.autograd.gradcheck(fn, given)
 
 
+@FORMS
 @pytest.mark.parametrize("kind", [None, "padded"])
-def test_chunk_invariance(monkeypatch, kind):
+def test_chunk_invariance(monkeypatch, kind, backend):
     T, segments = 70, documents(3, 70, kind)
-    expected = flat(*inputs(T), segments=segments)
+    options = {"segments": segments, "backend": backend}
+    expected = flat(*inputs(T), **options)
     for chunk, squares in ((1, 1 << 20), (3, 1), (16, 1), (16, 40_000), (T, 1), (T + 5, 1)):
-        monkeypatch.setattr(blocks, "CHUNK", chunk)
+        for module in (blocks, cpp):
+            monkeypatch.setattr(module, "CHUNK", chunk)
         monkeypatch.setattr(blocks, "_SQUARES", {"cpu": squares})
-        for got, e in zip(flat(*inputs(T), segments=segments), expected, strict=True):
+        for got, e in zip(flat(*inputs(T), **options), expected, strict=True):
             assert_close(f"chunks of {chunk}", got, e, TOLERANCE[torch.float64])
 
 
+@FORMS
 @pytest.mark.parametrize("cut", [1, 36, CHUNK, CHUNK + 1])
-def test_split_and_continue(cut):
+def test_split_and_continue(cut, backend):
     q, k, v, S, z = inputs(2 * CHUNK + 5)
-    y, *end = flat(q, k, v, S, z)
-    first, *middle = flat(q[:, :cut], k[:, :cut], v[:, :cut], S, z)
-    second, *got = flat(q[:, cut:], k[:, cut:], v[:, cut:], *middle)
+    y, *end = flat(q, k, v, S, z, backend=backend)
+    first, *middle = flat(q[:, :cut], k[:, :cut], v[:, :cut], S, z, backend=backend)
+    second, *got = flat(q[:, cut:], k[:, cut:], v[:, cut:], *middle, backend=backend)
     assert_close("y", torch.cat([first, second], 1), y, TOLERANCE[torch.float64])
     for a, b in zip(got, end, strict=True):
         assert_close("state", a, b, TOLERANCE[torch.float64])
@@ -165,15 +225,17 @@ def test_documents_equal_separate_runs(normalize):
         assert_close("z", z_end[b : b + 1], ends[1], TOLERANCE[torch.float64])
 
 
-def test_padding_is_finite_even_without_eps():
+@FORMS
+def test_padding_is_finite_even_without_eps(backend):
     given = [x.requires_grad_() for x in inputs(70)[:3]]
-    y = linear_attention(*given, eps=0.0, segments=torch.full((3, 70), -1))
+    segments = torch.full((3, 70), -1)
+    y = linear_attention(*given, eps=0.0, segments=segments, backend=backend)
     assert y.isfinite().all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), given))
 
 
 @pytest.mark.golden("hedgehog_linear_attention", mixers=["hedgehog", "linear_attention"])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPP, "reference"])
 def test_golden(backend):
     """Tolerance: both sides are float32."""
     data = {name: torch.from_numpy(a) for name, a in np.load(GOLDEN).items()}
@@ -216,12 +278,13 @@ def test_sums_of_bfloat16_are_float32():
     assert_close("y", y.flatten(), torch.arange(1, 3001).double(), 2**-8)  # y itself is rounded
 
 
-def test_bfloat16_stays_finite():
+@FORMS
+def test_bfloat16_stays_finite(backend):
     q, k, v = (x.bfloat16() for x in inputs(200)[:3])
     tiny, huge = torch.tensor(1e-30).bfloat16(), torch.tensor(1e15).bfloat16()
     for scale in (tiny, huge):
         given = [(q * scale).requires_grad_(), (k * scale).requires_grad_(), v.requires_grad_()]
-        y = linear_attention(*given)
+        y = linear_attention(*given, backend=backend)
         assert y.isfinite().all()
         assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), given))
 
@@ -310,7 +373,7 @@ def test_taylor_features_are_its_polynomial():
         torch.testing.assert_close(product, 1 + s + s**2 / 2)
 
 
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
 @pytest.mark.parametrize(("K", "V"), [(5, 3), (33, 70), (600, 64)])  # the last takes two threads
 def test_steps_in_cpp(K, V, dtype):
