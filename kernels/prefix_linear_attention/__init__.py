@@ -15,6 +15,8 @@ __all__ = ["prefix_linear_attention", "prefix_sums"]
 
 _FORMS = {
     "triton": partial(prefix_linear_attention_op, form="triton"),
+    "auto": partial(prefix_linear_attention_op, form="auto"),
+    "cpp": partial(prefix_linear_attention_op, form="cpp"),
     "torch": prefix_linear_attention_op,
     "reference": prefix_linear_attention_reference,
 }
@@ -50,7 +52,8 @@ def prefix_linear_attention(
         return_state: return (y, state) and not y alone.
         segments: int (B, T) document numbers as in `linear_attention`; the prefix belongs to the
             first valid document of each row.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "triton", "cpp" (on the CPU), "torch", "reference", or "auto": "triton" on a GPU,
+            else as linear_attention's.
 
     Returns:
         y (B, T, H, V) in the dtype of v, and (S (B, H, K, V), z (B, H, K)) in float32 (float64

@@ -16,7 +16,7 @@ from kernels.ssd.spans import Arguments
 SOURCE = Path(__file__).with_name("chunks.cpp")
 ONE_THREAD = 1 << 20  # multiply-adds, about, from which on a second thread is worth its start
 _MOST_HEADS = 4  # of a block: the products of B and C are made once for all of them
-_BLOCKS = 8  # that there should be, to keep some threads busy
+_BLOCKS = 8  # that there should be in all, to keep some threads busy
 
 
 class _Tokens(ctypes.Structure):
@@ -149,6 +149,17 @@ class Call:
         return tensor
 
 
+def _heads_of_block(batch: int, heads: int, groups: int, width: int, states: int) -> int:
+    """Heads of a group that are worked on together.
+
+    By the shapes alone, so that sums do not depend on the number of threads. The gradients of B
+    and C have a part for every block: all parts of one are to be no more than half of x.
+    """
+    wanted = min(_MOST_HEADS, max(1, batch * groups * heads // _BLOCKS), heads)
+    most_blocks = max(1, heads * width // (2 * states))
+    return max(wanted, -(-heads // most_blocks))
+
+
 def _call(library: ctypes.CDLL, args: Arguments) -> Call:
     (batch, length, H, P), (G, N) = args.x.shape, args.B.shape[2:]
     given = [x for x in (args.x, args.B, args.C, args.z) if x is not None]
@@ -164,8 +175,7 @@ def _call(library: ctypes.CDLL, args: Arguments) -> Call:
         width=P,
         states=N,
         chunk=min(args.chunk_size, length),
-        # By the shapes alone, so that sums do not depend on the number of threads.
-        block=min(_MOST_HEADS, max(1, batch * H // _BLOCKS), H // G),
+        block=_heads_of_block(batch, H // G, G, P, N),
         state_down=N,
         state_along=1,
         scale=1,

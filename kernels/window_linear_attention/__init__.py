@@ -19,6 +19,7 @@ __all__ = ["leaving", "window_linear_attention", "window_linear_attention_flops"
 
 _FORMS = {
     "triton": partial(combined, attended_window_sums, "triton"),
+    "auto": partial(combined, window_sums, "auto"),
     "torch": partial(combined, window_sums, "torch"),
     "reference": window_linear_attention_reference,
 }
@@ -71,7 +72,8 @@ def window_linear_attention(
         return_state: return (y, state after the last token) and not y alone.
         segments: int (B, S) document numbers of the keys' positions as in `attention`; padding
             takes no place in a window, leaves the state alone, and its output is finite.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "triton", "torch", "reference", or "auto": "triton" on a GPU, else "torch" with
+            linear_attention's "auto" for the linear part.
 
     Returns:
         y (B, T, H, V) in the dtype of v, and (S, z) of each row's last valid document in float32

@@ -13,7 +13,7 @@ from kernels.linear_attention import linear_attention
 from kernels.prefix_linear_attention import prefix_linear_attention
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "jrt_pla_function.npz"
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "auto")
 
 
 def taylor(x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from tests.kernels.compare import (
     documents,
 )
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "auto")
 H, D, F, V = 2, 4, 6, 5
 G = torch.tensor([0.3, 0.8], dtype=torch.float64)
 
