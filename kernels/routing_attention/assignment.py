@@ -27,6 +27,14 @@ def similarities(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.matmul(centroids.to(dtype), unit(x.to(dtype)).permute(0, 2, 3, 1))
 
 
+@torch.no_grad()
+@outside_autocast
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """int64 (B, T, H): the cluster whose centroid is nearest by angle, the lowest among equals."""
-    return similarities(x, centroids).argmax(2).transpose(1, 2)
+    """int64 (B, T, H): the cluster whose centroid is nearest by angle, the lowest among equals.
+
+    No length is divided by: it is the same for all centroids.
+    """
+    (B, T, H, D), dtype = x.shape, accumulation_dtype(x)
+    rows = x.permute(2, 0, 1, 3).reshape(H, B * T, D).to(dtype)
+    scores = torch.bmm(rows, centroids.to(dtype).mT)  # clusters side by side for the argmax
+    return scores.argmax(2).view(H, B, T).permute(1, 2, 0)
