@@ -10,6 +10,7 @@ import torch
 from benchmarks.memory import peak_bytes
 from layers.mixer import Mixer
 from tests.contract.subjects import NAMES, make_mixer
+from training.pages import keep_freed_pages
 
 LENGTHS = (2048, 4096, 8192, 16384)
 # Filters as long as the sequence: shorter ones would make long convolutions linear by themselves.
@@ -44,6 +45,7 @@ def test_flops_grow_as_declared(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_training_grows_as_declared(name, capsys):
+    keep_freed_pages()  # as in training: above 32 MiB the kernel's zeroing of pages would be timed
     mixer = mixer_of(name)
     memory = slope([peak_bytes(lambda n=length: train(mixer, n)) for length in LENGTHS])
     fastest = dict.fromkeys(LENGTHS, float("inf"))
