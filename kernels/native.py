@@ -14,11 +14,13 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from kernels.dispatch import BackendError
 
@@ -27,6 +29,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 SHARED = Path(__file__).parent  # headers for several operators
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that C++ reads, in the order of lanes.h
 SECONDS = 300  # that a compiler may take, or another process that compiles the same
+ONE_THREAD = 1 << 20  # multiply-adds, about, from which on a second thread is worth its start
 
 
 def switched_off() -> bool:
@@ -81,6 +84,62 @@ def library_or_none(source: Path) -> ctypes.CDLL | None:
     except BackendError as error:
         warnings.warn(f"the slower PyTorch form runs instead: {error}", stacklevel=2)
         return None
+
+
+class Call:
+    """A problem for the functions of a library, and the tensors it points to, which live as long.
+
+    Args:
+        problem: laid out as in the library's source, with a field `threads`.
+        work: multiply-adds of a call, about, by which it gets one thread or all.
+    """
+
+    def __init__(self, library: ctypes.CDLL, problem: ctypes.Structure, work: float) -> None:
+        self.library, self.problem, self.work = library, problem, work
+        self._held: list[Tensor] = []
+
+    def point(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor, in `dtype` and contiguous, for the pointer `name`."""
+        tensor = readable(tensor, dtype)
+        return self.describe(name, tensor, tensor.data_ptr())
+
+    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A new tensor for the result `name`."""
+        return self.point(name, torch.empty(shape, dtype=dtype), dtype)
+
+    def describe(self, name: str, tensor: Tensor, by: object) -> Tensor:
+        """The tensor for the field `name`, which says `by` what it reads."""
+        setattr(self.problem, name, by)
+        self._held.append(tensor)
+        return tensor
+
+    def run(self, function: str) -> int:
+        """Call a function of the library."""
+        threads = 1 if self.work < ONE_THREAD else torch.get_num_threads()
+        self.problem.threads = threads  # type: ignore[attr-defined]
+        return getattr(self.library, function)(ctypes.byref(self.problem))
+
+    def forget(self) -> None:
+        """Keep the tensors no longer: the call is done."""
+        self._held.clear()
+
+
+def fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    """Fields of one kind, for a ctypes.Structure."""
+    return [(name, kind) for name in names]
+
+
+def stored_dtype(exact: torch.dtype, *tensors: Tensor) -> torch.dtype:
+    """In which C++ reads tensors: their own if it is one that it knows, else that of sums."""
+    own = tensors[0].dtype
+    return own if own in DTYPES and all(x.dtype == own for x in tensors) else exact
+
+
+def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype` and contiguous."""
+    # Two calls that do nothing would cost as much as a decoding step.
+    same = tensor.dtype == dtype and tensor.is_contiguous()
+    return tensor if same else tensor.to(dtype).contiguous()
 
 
 @cache

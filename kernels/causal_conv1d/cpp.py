@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.causal_conv1d.documents import Documents
-from kernels.native import DTYPES
+from kernels.native import DTYPES, Call, fields
 from kernels.precision import accumulation_dtype, outside_autocast
 
 SOURCE = Path(__file__).with_name("conv.cpp")
@@ -20,20 +20,16 @@ CHUNK = 256  # tokens of a stretch, if that is not fewer than W
 class _Rows(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("dtype", "batch", "time")),
+        *fields(ctypes.c_int64, "dtype", "batch", "time"),
     )
-
-
-_SIZES = ("batch", "length", "channels", "width", "silu", "chunk", "threads")
-_ROWS = ("x", "y", "grad_y", "dx")
-_POINTERS = ("taps", "bias", "state", "reach", "d_state", "parts_taps", "parts_bias")
 
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, _Rows) for name in _ROWS),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *fields(ctypes.c_int64, "batch", "length", "channels", "width", "silu", "chunk", "threads"),
+        *fields(_Rows, "x", "y", "grad_y", "dx"),
+        *fields(ctypes.c_void_p, "taps", "bias", "state", "reach"),
+        *fields(ctypes.c_void_p, "d_state", "parts_taps", "parts_bias"),
     )
 
 
@@ -48,7 +44,7 @@ def forward(
     silu: bool,
 ) -> Tensor:
     """y (B, T, D), as shifted.forward."""
-    call = _Call(library, x, weight, bias, state, segments, silu)
+    call = _Convolution(library, x, weight, bias, state, segments, silu)
     y = call.rows("y", torch.empty(x.shape, dtype=call.stored))
     call.run("forward")
     return call.documents.restore(y).to(x.dtype)
@@ -66,20 +62,20 @@ def backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As shifted.backward."""
-    call = _Call(library, x, weight, bias, state, segments, silu)
+    call = _Convolution(library, x, weight, bias, state, segments, silu)
     (B, _, D), W = x.shape, weight.shape[1]
     call.rows("grad_y", call.documents.arrange(grad_y).to(call.stored))
     dx = call.rows("dx", torch.empty(x.shape, dtype=call.stored))
-    d_state = call.room("d_state", B, W - 1, D)
-    d_taps = call.room("parts_taps", call.stretches, W, D)
-    d_bias = call.room("parts_bias", call.stretches, D)
+    d_state = call.sums("d_state", B, W - 1, D)
+    d_taps = call.sums("parts_taps", call.stretches, W, D)
+    d_bias = call.sums("parts_bias", call.stretches, D)
     call.run("backward")
     d_weight = d_taps.sum(0).T.to(weight.dtype).contiguous()
     return call.documents.restore(dx).to(x.dtype), d_weight, d_bias.sum(0), d_state
 
 
-class _Call:
-    """One call: a problem, and the tensors that it points to, which live as long."""
+class _Convolution(Call):
+    """What both passes read."""
 
     def __init__(
         self,
@@ -92,20 +88,18 @@ class _Call:
         silu: bool,
     ) -> None:
         (B, T, D), W = x.shape, weight.shape[1]
-        self.library = library
         self.dtype = accumulation_dtype(x, weight)
         self.stored = x.dtype if x.dtype in DTYPES else self.dtype
         self.documents = Documents(segments, W)
         chunk = max(CHUNK, W)
         self.stretches = B * -(-T // chunk)
-        self.held: list[Tensor] = []
-        self.problem = _Problem(B, T, D, W, silu, chunk, torch.get_num_threads())
+        super().__init__(library, _Problem(B, T, D, W, silu, chunk), work=B * T * D * W)
         self.rows("x", self.documents.arrange(x).to(self.stored))
         for name, given in (("taps", weight.T), ("bias", bias), ("state", state)):
             if given is not None:
-                self._point(name, given.to(self.dtype).contiguous())
+                self.point(name, given, self.dtype)
         if self.documents.reach is not None:
-            self._point("reach", self.documents.reach.to(torch.int32).contiguous())
+            self.point("reach", self.documents.reach, torch.int32)
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor (B, T, D), its channels side by side."""
@@ -113,19 +107,12 @@ class _Call:
             tensor = tensor.contiguous()
         kind = DTYPES.index(tensor.dtype)
         described = _Rows(tensor.data_ptr(), kind, tensor.stride(0), tensor.stride(1))
-        setattr(self.problem, name, described)
-        self.held.append(tensor)
-        return tensor
+        return self.describe(name, tensor, described)
 
-    def room(self, name: str, *shape: int) -> Tensor:
+    def sums(self, name: str, *shape: int) -> Tensor:
         """Room for a result in the dtype of sums."""
-        return self._point(name, torch.empty(shape, dtype=self.dtype))
+        return self.room(name, shape, self.dtype)
 
-    def run(self, function: str) -> None:
-        bits = 8 * self.dtype.itemsize
-        getattr(self.library, f"{function}{bits}")(ctypes.byref(self.problem))
-
-    def _point(self, name: str, tensor: Tensor) -> Tensor:
-        setattr(self.problem, name, tensor.data_ptr())
-        self.held.append(tensor)
-        return tensor
+    def run(self, function: str) -> int:
+        """Call `function` for the dtype of sums."""
+        return super().run(f"{function}{8 * self.dtype.itemsize}")

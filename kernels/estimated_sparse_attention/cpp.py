@@ -11,25 +11,20 @@ from torch import Tensor
 
 from kernels.estimated_sparse_attention.select import cell_budget, choose_cells
 from kernels.estimated_sparse_attention.visible import Visible, visible
-from kernels.native import DTYPES
+from kernels.native import DTYPES, Call, fields, stored_dtype
 from kernels.precision import accumulation_dtype, outside_autocast
 
 SOURCE = Path(__file__).with_name("cells.cpp")
-ONE_THREAD = 1 << 20  # multiply-adds, about, from which on a second thread is worth its start
-
-
-def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names]
 
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        *_fields(ctypes.c_int64, "batch", "queries", "keys", "heads", "kv_heads", "width"),
-        *_fields(ctypes.c_int64, "value_width", "cells", "group_heads", "dtype", "probs_dtype"),
-        *_fields(ctypes.c_int64, "threads"),
-        *_fields(ctypes.c_double, "scale"),
-        *_fields(ctypes.c_void_p, "q", "k", "v", "probs", "lengths", "first", "slots", "budget"),
-        *_fields(ctypes.c_void_p, "chosen", "y", "log_sum", "grad_y", "dq", "dk", "dv"),
+        *fields(ctypes.c_int64, "batch", "queries", "keys", "heads", "kv_heads", "width"),
+        *fields(ctypes.c_int64, "value_width", "cells", "group_heads", "dtype", "probs_dtype"),
+        *fields(ctypes.c_int64, "threads"),
+        *fields(ctypes.c_double, "scale"),
+        *fields(ctypes.c_void_p, "q", "k", "v", "probs", "lengths", "first", "slots", "budget"),
+        *fields(ctypes.c_void_p, "chosen", "y", "log_sum", "grad_y", "dq", "dk", "dv"),
     )
 
 
@@ -48,19 +43,21 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As sparse.forward."""
     (B, T, H, _), K = q.shape, probs.shape[3]
-    call = _Call(library, q, k, v, segments, causal, K, scale)
+    call = _Attention(library, q, k, v, segments, K, k_cells, causal, scale)
     if grouping in ("causal_batch", "query"):
         heads = H if grouping == "causal_batch" else 1
-        probs = call.read("probs", probs.to(accumulation_dtype(probs)))
-        call.problem.probs_dtype, call.problem.group_heads = DTYPES.index(probs.dtype), heads
-        call.read("budget", cell_budget(call.seen.lengths, heads, K, k_cells))
-        cells = call.read("chosen", torch.empty(probs.shape, dtype=torch.bool))
-        call.run("choose_cells", 16 * probs.numel())  # the numbers are counted about so often
+        call.problem.group_heads = heads
+        exact = accumulation_dtype(probs)
+        call.problem.probs_dtype = DTYPES.index(exact)
+        call.point("probs", probs, exact)
+        call.point("budget", cell_budget(call.seen.lengths, heads, K, k_cells), torch.int64)
+        cells = call.room("chosen", probs.shape, torch.bool)
+        call.run("choose_cells")
     else:
-        cells = call.read("chosen", choose_cells(probs, call.seen, k_cells, grouping))
-    y = call.read("y", torch.empty(*q.shape[:3], v.shape[3], dtype=call.stored))
-    log_sum = call.read("log_sum", torch.empty(B, T, H, dtype=call.exact))
-    call.run("attend", q.numel() * k_cells)
+        cells = call.point("chosen", choose_cells(probs, call.seen, k_cells, grouping), torch.bool)
+    y = call.room("y", (*q.shape[:3], v.shape[3]), call.stored)
+    log_sum = call.room("log_sum", (B, T, H), call.exact)
+    call.run("attend")
     return y.to(v.dtype), cells, log_sum
 
 
@@ -75,24 +72,27 @@ def backward(
     cells: Tensor,
     y: Tensor,
     log_sum: Tensor,
+    k_cells: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As sparse.backward."""
-    call = _Call(library, q, k, v, segments, causal, cells.shape[3], scale)
-    call.read("chosen", cells)
-    call.read("log_sum", log_sum)
-    call.read("y", y.to(call.stored))
-    call.read("grad_y", grad_y.to(call.stored))
-    dq = call.read("dq", torch.empty(q.shape, dtype=call.stored))
-    dk = call.read("dk", torch.zeros(k.shape, dtype=call.exact))
-    dv = call.read("dv", torch.zeros(v.shape, dtype=call.exact))
-    call.run("differentiate", q.numel() * k.shape[1])
+    call = _Attention(library, q, k, v, segments, cells.shape[3], k_cells, causal, scale)
+    call.point("chosen", cells, torch.bool)
+    call.point("log_sum", log_sum, call.exact)
+    call.point("y", y, call.stored)
+    call.point("grad_y", grad_y, call.stored)
+    dq = call.room("dq", q.shape, call.stored)
+    dk = call.room("dk", k.shape, call.exact).zero_()
+    dv = call.room("dv", v.shape, call.exact).zero_()
+    call.run("differentiate")
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-class _Call:
-    """A problem, and the tensors that it points to, which live as long."""
+class _Attention(Call):
+    """What both passes read."""
+
+    problem: _Problem
 
     def __init__(
         self,
@@ -101,35 +101,21 @@ class _Call:
         k: Tensor,
         v: Tensor,
         segments: Tensor | None,
-        causal: bool,
         cells: int,
+        k_cells: int,
+        causal: bool,
         scale: float,
     ) -> None:
         (B, T, H, D), (_, S, G, V) = q.shape, v.shape
-        self.library = library
         self.exact = accumulation_dtype(q, k, v)
-        same = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES
-        self.stored = q.dtype if same else self.exact
+        self.stored = stored_dtype(self.exact, q, k, v)
         self.seen: Visible = visible(B, T, S, causal=causal, segments=segments, device=q.device)
-        self.held: list[Tensor] = []
-        self.problem = _Problem(
-            B, T, S, H, G, D, V, cells, H, DTYPES.index(self.stored), 0, 1, scale
-        )  # fmt: skip
+        kind = DTYPES.index(self.stored)
+        problem = _Problem(B, T, S, H, G, D, V, cells, H, kind, scale=scale)
+        super().__init__(library, problem, work=B * T * H * k_cells * S / cells * (D + V))
         for name, given in (("q", q), ("k", k), ("v", v)):
-            self.read(name, given.to(self.stored))
-        self.read("lengths", self.seen.lengths)
-        self.read("first", self.seen.first)
+            self.point(name, given, self.stored)
+        self.point("lengths", self.seen.lengths, torch.int64)
+        self.point("first", self.seen.first, torch.int64)
         if segments is not None:
-            self.read("slots", self.seen.slots())
-
-    def read(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, contiguous, for the field `name` of the problem."""
-        tensor = tensor.contiguous()
-        setattr(self.problem, name, tensor.data_ptr())
-        self.held.append(tensor)
-        return tensor
-
-    def run(self, function: str, work: int) -> None:
-        """Call a function of the library, with all threads if it has so much to do."""
-        self.problem.threads = 1 if work < ONE_THREAD else torch.get_num_threads()
-        getattr(self.library, function)(ctypes.byref(self.problem))
+            self.point("slots", self.seen.slots(), torch.int64)

@@ -109,7 +109,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     library = library_for("estimated_sparse_attention", cpp.SOURCE, form, q.device)
     if library is not None:
-        return cpp.backward(library, grad_y, q, k, v, segments, cells, y, log_sum, causal, scale)
+        parts = (grad_y, q, k, v, segments, cells, y, log_sum)
+        return cpp.backward(library, *parts, k_cells, causal, scale)
     backward = _torch_form(form).backward
     return backward(grad_y, q, k, v, segments, cells, y, log_sum, k_cells, causal, grouping, scale)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear_attention.flops import CHUNK
-from kernels.native import DTYPES
+from kernels.native import DTYPES, fields, readable, stored_dtype
 from kernels.precision import accumulation_dtype, has_amx, outside_autocast
 from kernels.segments import restarts
 from kernels.ssd import cpp as ssd
@@ -20,15 +20,13 @@ CHUNKS = ssd.SOURCE
 SOURCE = Path(__file__).with_name("step.cpp")
 ONE_THREAD = 1 << 18  # numbers in the state from which on a second thread is worth its start
 
-_SIZES = ("batch", "length", "heads", "K", "V", "dtype", "normalize", "threads")
-_POINTERS = ("q", "k", "v", "S", "z", "padding", "y", "S_after", "z_after")
-
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_double) for name in ("scale", "eps")),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *fields(ctypes.c_int64, "batch", "length", "heads", "K", "V", "dtype", "normalize"),
+        *fields(ctypes.c_int64, "threads"),
+        *fields(ctypes.c_double, "scale", "eps"),
+        *fields(ctypes.c_void_p, "q", "k", "v", "S", "z", "padding", "y", "S_after", "z_after"),
     )
 
 
@@ -47,10 +45,10 @@ def steps(
     """As step.steps."""
     (B, T, H, K), V = q.shape, v.shape[3]
     exact = accumulation_dtype(q, k, v)
-    stored = v.dtype if v.dtype == q.dtype == k.dtype and v.dtype in DTYPES else exact
-    q, k, values = _readable(q, stored), _readable(k, stored), _readable(v, stored)
+    stored = stored_dtype(exact, q, k, v)
+    q, k, values = readable(q, stored), readable(k, stored), readable(v, stored)
     if S is not None and z is not None:
-        S, z = _readable(S, exact), _readable(z, exact)
+        S, z = readable(S, exact), readable(z, exact)
         S_after, z_after = torch.empty_like(S), torch.empty_like(z)
     else:
         S_after, z_after = q.new_empty(B, H, K, V, dtype=exact), q.new_empty(B, H, K, dtype=exact)
@@ -65,11 +63,6 @@ def steps(
     )  # fmt: skip
     library.steps(ctypes.byref(problem))
     return y if stored == v.dtype else y.to(v.dtype), S_after, z_after
-
-
-def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # Two calls that do nothing would cost as much as the step.
-    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -96,9 +89,9 @@ def forward(
     """As chunked.forward."""
     (B, T, H, K), V = q.shape, v.shape[3]
     call = _chunks(library, q, k, v, state, segments, scale, normalize, eps)
-    y = call.tokens("y", torch.empty(B, T, H, V, dtype=call.stored))
-    last = call.sums("last", q.new_empty(B, H, K, V + normalize, dtype=call.exact))
-    sums = call.sums("sums", q.new_empty(B, T, H, int(normalize), dtype=call.exact))
+    y = call.new_tokens("y", B, T, H, V)
+    last = call.new_sums("last", B, H, K, V + normalize)
+    sums = call.new_sums("sums", B, T, H, int(normalize))
     call.run("forward")
     if segments is not None:  # 0/eps, or 0/0, stands where there is padding
         padding = (segments < 0)[:, :, None, None]
@@ -125,7 +118,7 @@ def backward(
     (B, T, H, K), V = q.shape, v.shape[3]
     normalize = sums.shape[3] == 1
     call = _chunks(library, q, k, v, state, segments, scale, normalize, 0)
-    kept = call.sums("kept", sums.new_empty(B, -(-T // call.problem.chunk), H, K, V + normalize))
+    kept = call.new_sums("kept", B, -(-T // call.problem.chunk), H, K, V + normalize)
     call.run("forward")
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
     if segments is not None:
@@ -135,10 +128,10 @@ def backward(
     call.sums("sums", sums)
     first = kept.new_zeros(B, H, K, V + normalize)
     call.sums("grad_last", first if grad_state is None else grad_state)
-    dv = call.tokens("dx", torch.empty(B, T, H, V, dtype=call.stored))
-    dk = call.sums("parts_B", kept.new_empty(B, T, H, K))
-    dq = call.sums("parts_C", kept.new_empty(B, T, H, K))
-    d_state = call.sums("d_initial", kept.new_empty(B, H, K, V + normalize))
+    dv = call.new_tokens("dx", B, T, H, V)
+    dk = call.new_sums("parts_B", B, T, H, K)
+    dq = call.new_sums("parts_C", B, T, H, K)
+    d_state = call.new_sums("d_initial", B, H, K, V + normalize)
     call.run("backward")
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_state
 
@@ -156,11 +149,10 @@ def _chunks(
 ) -> ssd.Call:
     """What both passes read."""
     (B, T, H, K), V = q.shape, v.shape[3]
-    same = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES
     exact = accumulation_dtype(q, k, v)
     call = ssd.Call(
         library,
-        q.dtype if same else exact,
+        stored_dtype(exact, q, k, v),
         exact,
         batch=B,
         length=T,
@@ -182,5 +174,5 @@ def _chunks(
         call.sums("initial", state)
     if segments is not None:
         call.sums("dt", (segments >= 0)[..., None].expand(B, T, H))
-        call.documents(restarts(segments).cumsum(1))
+        call.point("documents", restarts(segments).cumsum(1), torch.int64)
     return call

@@ -14,7 +14,7 @@ from torch.library import custom_op
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kernels.long_conv.documents import bundles
-from kernels.native import library_for
+from kernels.native import library, library_for
 from kernels.routing_attention import cpp
 from kernels.routing_attention.members import member_attention
 
@@ -62,7 +62,7 @@ def select(scores: Tensor, window: int, form: str = "torch") -> Selection:
         form: "cpp", or another, which is torch.
     """
     slots = min(window, scores.shape[-1])
-    index, taken = _choose(scores, slots, form) if form == "cpp" else _choose_torch(scores, slots)
+    index, taken = _choose(scores, slots) if form == "cpp" else _choose_torch(scores, slots)
     return Selection(index, torch.arange(slots, device=scores.device) >= slots - taken)
 
 
@@ -81,15 +81,12 @@ def _choose_torch(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 
 @custom_op("seqmix::choose_members", mutates_args=())
-def _choose(scores: Tensor, slots: int, form: str) -> tuple[Tensor, Tensor]:
-    library = library_for("balanced_attention", cpp.SOURCE, form, scores.device)
-    if library is None:
-        raise ValueError(f"choose_members: form={form!r}; allowed: 'cpp'")
-    return cpp.choose_members(library, scores, slots)
+def _choose(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    return cpp.choose_members(library(cpp.SOURCE), scores, slots)
 
 
 @_choose.register_fake
-def _(scores: Tensor, slots: int, form: str) -> tuple[Tensor, Tensor]:
+def _(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     shape = scores.shape[:-1]
     index = scores.new_empty(*shape, slots, dtype=torch.int64)
     return index, scores.new_empty(*shape, 1, dtype=torch.int64)
@@ -124,8 +121,8 @@ def balanced_torch(
 
 @torch.compiler.assume_constant_result  # a compiler is there, or it is not
 def _best_form(device: str) -> str:
-    library = library_for("balanced_attention", cpp.SOURCE, "auto", torch.device(device))
-    return "torch" if library is None else "cpp"
+    found = library_for("balanced_attention", cpp.SOURCE, "auto", torch.device(device))
+    return "torch" if found is None else "cpp"
 
 
 @torch.compiler.disable()  # how many documents there are depends on the data

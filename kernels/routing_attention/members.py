@@ -98,9 +98,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     library = library_for("balanced_attention", cpp.SOURCE, form, q.device)
     if library is not None:
-        lines = cpp.Lines(k.shape[1], k.shape[1], *(x.contiguous() for x in (low, high, own)))
-        y, log_sum = cpp.attend(library, q, k, v, lines, last_resort, scale)
-        return y.to(q.dtype), log_sum
+        lines = cpp.Lines(k.shape[1], k.shape[1], low, high, own)
+        return cpp.attend(library, q, k, v, lines, last_resort, scale)
     forward = implementation(__package__, "triton").attend_runs
     q, k, v, low, high, own = (x.contiguous() for x in (q, k, v, low, high, own))
     return forward(q, k, v, _as_they_stand(low, high, own, k.shape[1]), last_resort, scale)
@@ -139,10 +138,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     library = library_for("balanced_attention", cpp.SOURCE, form, q.device)
     if library is not None:
-        lines = cpp.Lines(k.shape[1], k.shape[1], *(x.contiguous() for x in (low, high, own)))
-        grads = cpp.differentiate(library, grad, q, k, v, lines, y, log_sum, last_resort, scale)
-        dq, dk, dv = (g.to(q.dtype) for g in grads)
-        return dq, dk, dv
+        lines = cpp.Lines(k.shape[1], k.shape[1], low, high, own)
+        return cpp.differentiate(library, grad, q, k, v, lines, y, log_sum, last_resort, scale)
     backward = implementation(__package__, "triton").differentiate_runs
     low, high, own = (x.contiguous() for x in (low, high, own))
     runs = _as_they_stand(low, high, own, k.shape[1])

@@ -76,8 +76,7 @@ def _cluster(
     library = library_for("cluster_attention", cpp.SOURCE, form, q.device)
     if library is not None:
         lines = cpp.lines_of_groups(library, q_groups, k_groups, window, causal)
-        y, lse = cpp.attend(library, q, k, v, lines, last_resort, scale)
-        return y.to(q.dtype), lse
+        return cpp.attend(library, q, k, v, lines, last_resort, scale)
     forward = _torch_form(form).forward
     return forward(q, k, v, q_groups, k_groups, window, causal, last_resort, shared, scale)
 
@@ -120,9 +119,7 @@ def _backward(
     library = library_for("cluster_attention", cpp.SOURCE, form, q.device)
     if library is not None:
         lines = cpp.lines_of_groups(library, q_groups, k_groups, window, causal)
-        grads = cpp.differentiate(library, grad, q, k, v, lines, y, lse, last_resort, scale)
-        dq, dk, dv = (g.to(q.dtype) for g in grads)
-        return dq, dk, dv
+        return cpp.differentiate(library, grad, q, k, v, lines, y, lse, last_resort, scale)
     backward = _torch_form(form).backward
     return backward(
         grad, q, k, v, q_groups, k_groups, y, lse, window, causal, last_resort, shared, scale

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import DTYPES
+from kernels.native import DTYPES, Call, fields
 from kernels.selective_scan.chunked import Gradients, new_gradients
 from kernels.selective_scan.tiles import STEPS, Scan
 
@@ -20,39 +20,34 @@ RESTART, PADDING = 1, 2  # as in scan.cpp
 class _Array(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("dtype", "batch", "group", "row", "time")),
+        *fields(ctypes.c_int64, "dtype", "batch", "group", "row", "time"),
     )
-
-
-def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names]
 
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        *_fields(ctypes.c_int64, "batch", "channels", "length", "states", "groups", "steps"),
-        *_fields(ctypes.c_int64, "threads", "delta_softplus"),
-        *_fields(_Array, "u", "delta", "B", "C", "z"),
-        *_fields(ctypes.c_void_p, "A", "D", "delta_bias", "initial_state", "flags", "kept"),
-        *_fields(_Array, "y"),
-        *_fields(ctypes.c_void_p, "last"),
-        *_fields(_Array, "grad_y", "grad_u", "grad_delta", "grad_z"),
-        *_fields(ctypes.c_void_p, "grad_last", "grad_initial", "parts_A", "parts_D"),
-        *_fields(ctypes.c_void_p, "parts_bias", "parts_B", "parts_C"),
+        *fields(ctypes.c_int64, "batch", "channels", "length", "states", "groups", "steps"),
+        *fields(ctypes.c_int64, "threads", "delta_softplus"),
+        *fields(_Array, "u", "delta", "B", "C", "z"),
+        *fields(ctypes.c_void_p, "A", "D", "delta_bias", "initial_state", "flags", "kept"),
+        *fields(_Array, "y"),
+        *fields(ctypes.c_void_p, "last"),
+        *fields(_Array, "grad_y", "grad_u", "grad_delta", "grad_z"),
+        *fields(ctypes.c_void_p, "grad_last", "grad_initial", "parts_A", "parts_D"),
+        *fields(ctypes.c_void_p, "parts_bias", "parts_B", "parts_C"),
     )
 
 
-class _Call:
-    """One call: a problem, and the tensors it points to, which live as long."""
+class _Scan(Call):
+    """What both passes read."""
 
     def __init__(self, library: ctypes.CDLL, scan: Scan) -> None:
-        (batch, channels, length), groups = scan.u.shape, scan.B.shape[1]
-        self.library, self.dtype = library, scan.dtype
-        self.held: list[Tensor] = []
-        self.problem = _Problem(
-            batch, channels, length, scan.A.shape[1], groups, STEPS,
-            torch.get_num_threads(), scan.delta_softplus,
-        )  # fmt: skip
+        (batch, channels, length), (groups, N) = scan.u.shape, scan.B.shape[1:3]
+        sizes = (batch, channels, length, N, groups, STEPS)
+        problem = _Problem(*sizes, delta_softplus=scan.delta_softplus)
+        states = batch * channels * length * N
+        super().__init__(library, problem, work=8 * states)  # with the exponentials, about
+        self.dtype = scan.dtype
         for name in ("u", "delta", "B", "C", "z"):
             given = getattr(scan, name)
             if given is not None:
@@ -60,43 +55,32 @@ class _Call:
         for name in ("A", "D", "delta_bias", "initial_state"):
             given = getattr(scan, name)
             if given is not None:
-                self.states(name, given)
+                self.point(name, given, self.dtype)
         if scan.segments is not None and scan.restarts is not None:
             flags = RESTART * scan.restarts.to(torch.uint8)
-            self._pointer("flags", flags.masked_fill_(scan.segments < 0, PADDING).contiguous())
+            self.point("flags", flags.masked_fill_(scan.segments < 0, PADDING), torch.uint8)
 
     def array(self, name: str, tensor: Tensor) -> None:
         """A tensor (B, D, L) or (B, G, N, L) of any strides."""
         batch, *group, row, time = tensor.stride()
         dtype = DTYPES.index(tensor.dtype)
-        described = _Array(tensor.data_ptr(), dtype, batch, *(group or [0]), row, time)
-        setattr(self.problem, name, described)
-        self.held.append(tensor)
-
-    def states(self, name: str, tensor: Tensor) -> None:
-        """A tensor that the kernel wants contiguous, in the dtype of states; read only."""
-        self._pointer(name, tensor.to(self.dtype).contiguous())
+        self.describe(
+            name, tensor, _Array(tensor.data_ptr(), dtype, batch, *(group or [0]), row, time)
+        )
 
     def result(self, name: str, *shape: int) -> Tensor:
         """Room for a result in the dtype of states."""
-        made = torch.empty(shape, dtype=self.dtype)
-        self._pointer(name, made)
-        return made
+        return self.room(name, shape, self.dtype)
 
     def run(self, function: str) -> int:
-        """`function` in the dtype of states."""
-        bits = 8 * self.dtype.itemsize
-        return getattr(self.library, f"{function}{bits}")(ctypes.byref(self.problem))
-
-    def _pointer(self, name: str, tensor: Tensor) -> None:
-        setattr(self.problem, name, tensor.data_ptr())
-        self.held.append(tensor)
+        """Call `function` for the dtype of states."""
+        return super().run(f"{function}{8 * self.dtype.itemsize}")
 
 
 def forward(library: ctypes.CDLL, scan: Scan, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As chunked.forward, with the same states in front of the same tiles."""
     (batch, channels, _), N = scan.u.shape, scan.A.shape[1]
-    call = _Call(library, scan)
+    call = _Scan(library, scan)
     y = torch.empty_like(scan.u)
     out = y if y.dtype in DTYPES else torch.empty_like(y, dtype=scan.dtype)
     call.array("y", out)
@@ -117,7 +101,7 @@ def backward(
     that results repeat to the bit.
     """
     (batch, channels, length), (_, groups, N, _) = scan.u.shape, scan.B.shape
-    call = _Call(library, scan)
+    call = _Scan(library, scan)
     grads = new_gradients(scan, grad_last)
     wide = {}
     for name in ("u", "delta", "z"):
@@ -126,8 +110,8 @@ def backward(
             wide[name] = grad if grad.dtype in DTYPES else torch.empty_like(grad, dtype=scan.dtype)
             call.array(f"grad_{name}", wide[name])
     call.array("grad_y", grad_y if grad_y.dtype in DTYPES else grad_y.to(scan.dtype))
-    call.states("kept", states)
-    call.states("grad_last", grad_last)
+    call.point("kept", states, call.dtype)
+    call.point("grad_last", grad_last, call.dtype)
     initial = call.result("grad_initial", batch, channels, N)
     chunks = call.run("chunks")
     parts = {
