@@ -46,5 +46,11 @@ def check_segments(operator: str, segments: Tensor | None, batch: int, length: i
     if segments is None:
         return
     check_shape(operator, "segments", segments, "(B, T)", batch, length)
-    if segments.dtype.is_floating_point or segments.dtype == torch.bool:
-        raise ValueError(f"{operator}: segments is {segments.dtype}; expected an integer dtype")
+    check_integer(operator, segments=segments)
+
+
+def check_integer(operator: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless every tensor holds integers."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
+            raise ValueError(f"{operator}: {name} is {tensor.dtype}; expected an integer dtype")

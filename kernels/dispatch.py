@@ -53,9 +53,12 @@ def choose(
     )
 
 
-def implementation(package: str | None, form: str) -> ModuleType:
+def implementation(package: str | None, form: str, auto: str = "") -> ModuleType:
     """The module `form` of an operator's package, imported when it is first needed.
 
     Triton is imported with the first kernel, so that the operators work without it.
+
+    Args:
+        auto: the module for the form "auto".
     """
-    return import_module(f"{package}.{form}")
+    return import_module(f"{package}.{auto if form == 'auto' else form}")

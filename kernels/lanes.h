@@ -60,12 +60,18 @@ inline void exp2_products(const Vec<double>* x, const Vec<double>* y, Vec<double
     for (int i = 0; i < WIDTH<double>; ++i) out[k][i] = std::exp2(x[k][i] * y[k][i]);
 }
 
+// Each x[k] becomes its exponential.
+template <int K, class V>
+inline void exp_all(V* x) {
+  V log2e[K];
+  for (int k = 0; k < K; ++k) log2e[k] = all<V>(LOG2E);
+  exp2_products<K>(x, log2e, x);
+}
+
 template <class V>
 inline V exp(V x) {
-  const V log2e = all<V>(LOG2E);
-  V y;
-  exp2_products<1>(&x, &log2e, &y);
-  return y;
+  exp_all<1>(&x);
+  return x;
 }
 
 template <class V>
@@ -105,6 +111,16 @@ struct bf16 {
 
 enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16 };  // of a tensor, as in native.py
 
+// Calls f(a number of the dtype of sums, one of the dtype in memory).
+template <class F>
+inline void with_dtype(int64_t dtype, F f) {
+  switch (dtype) {
+    case FLOAT32: return f(float{}, float{});
+    case FLOAT64: return f(double{}, double{});
+    case BFLOAT16: return f(float{}, bf16{});
+  }
+}
+
 template <class T, class S>
 inline T convert(S x) {
   if constexpr (std::is_same_v<S, bf16>) {
@@ -121,6 +137,14 @@ inline T convert(S x) {
   } else {
     return static_cast<T>(x);
   }
+}
+
+// first, first + 1, ..., lane by lane.
+template <class T>
+inline typename Simd<T>::I counting_from(int64_t first) {
+  typename Simd<T>::I lane;
+  for (int i = 0; i < WIDTH<T>; ++i) lane[i] = first + i;
+  return lane;
 }
 
 // Transposes a WIDTH x WIDTH square: interleaving row i with row i + WIDTH / 2, log2(WIDTH) times.

@@ -50,11 +50,7 @@ void load_from(const Rows& rows, int64_t b, int64_t t, int64_t channels, T* out)
 template <class T>
 void load(const Rows& rows, int64_t b, int64_t t, int64_t channels, Vec<T>* out) {
   T* to = reinterpret_cast<T*>(out);
-  switch (rows.dtype) {
-    case FLOAT32: return load_from<T, float>(rows, b, t, channels, to);
-    case FLOAT64: return load_from<T, double>(rows, b, t, channels, to);
-    case BFLOAT16: return load_from<T, bf16>(rows, b, t, channels, to);
-  }
+  with_dtype(rows.dtype, [&](auto, auto x) { load_from<T, decltype(x)>(rows, b, t, channels, to); });
 }
 
 template <class T, class S>
@@ -66,11 +62,7 @@ void store_to(const Rows& rows, int64_t b, int64_t t, int64_t channels, const T*
 template <class T>
 void store(const Rows& rows, int64_t b, int64_t t, int64_t channels, const Vec<T>* in) {
   const T* from = reinterpret_cast<const T*>(in);
-  switch (rows.dtype) {
-    case FLOAT32: return store_to<T, float>(rows, b, t, channels, from);
-    case FLOAT64: return store_to<T, double>(rows, b, t, channels, from);
-    case BFLOAT16: return store_to<T, bf16>(rows, b, t, channels, from);
-  }
+  with_dtype(rows.dtype, [&](auto, auto x) { store_to<T, decltype(x)>(rows, b, t, channels, from); });
 }
 
 // One stretch of one sequence: tokens first .. end.

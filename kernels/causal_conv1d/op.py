@@ -5,7 +5,6 @@ torch.compile. B batch, T time, D channels, W taps.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,10 +56,6 @@ def causal_conv1d_op(
     return y, last_inputs(x, state, segments)
 
 
-def _torch_form(form: str) -> ModuleType:
-    return implementation(__package__, "shifted" if form == "auto" else form)
-
-
 @custom_op("seqmix::causal_conv1d", mutates_args=())
 def _convolve(
     x: Tensor,
@@ -74,7 +69,9 @@ def _convolve(
     library = library_for("causal_conv1d", cpp.SOURCE, form, x.device)
     if library is not None:
         return cpp.forward(library, x, weight, bias, state, segments, silu)
-    return _torch_form(form).forward(x, weight, bias, state, segments, silu)
+    return implementation(__package__, form, "shifted").forward(
+        x, weight, bias, state, segments, silu
+    )
 
 
 @_convolve.register_fake
@@ -104,7 +101,9 @@ def _backward(
     library = library_for("causal_conv1d", cpp.SOURCE, form, x.device)
     if library is not None:
         return cpp.backward(library, grad_y, x, weight, bias, state, segments, silu)
-    return _torch_form(form).backward(grad_y, x, weight, bias, state, segments, silu)
+    return implementation(__package__, form, "shifted").backward(
+        grad_y, x, weight, bias, state, segments, silu
+    )
 
 
 @_backward.register_fake

@@ -84,12 +84,12 @@ class Attention {
       for (int64_t i = there; i < WIDTH<T>; ++i) weights[i] = -std::numeric_limits<T>::infinity();
       const T higher = std::max(most, lane_max<T>(weights));
       if (higher > most) {
-        const T shrink = std::exp2(most - higher);
+        const T shrink = std::exp(most - higher);
         total *= shrink;
         for (int64_t j = 0; j < V_; ++j) out_[j] *= shrink;
         most = higher;
       }
-      weights = power(weights - most);
+      weights = exp(weights - most);
       total += lane_sum<T>(weights);
       for (int64_t i = 0; i < there; ++i) {
         const Vec<T>* v = read(p_.v, key_row(b, tokens_[n + i], group), p_.value_width, value_);
@@ -99,7 +99,7 @@ class Attention {
     const T none = seen_ == 0;
     store_row<T>(out_.data(), p_.value_width, static_cast<In*>(p_.y) + row * p_.value_width,
                  1 / (total + none));
-    static_cast<T*>(p_.log_sum)[row] = none ? 0 : (most + std::log2(total)) / T(LOG2E);
+    static_cast<T*>(p_.log_sum)[row] = none ? 0 : most + std::log(total);
   }
 
   void backward(int64_t b, int64_t t, int64_t h) {
@@ -107,7 +107,7 @@ class Attention {
     load_row<T>(static_cast<const In*>(p_.y) + row * p_.value_width, p_.value_width, out_.data());
     load_row<T>(static_cast<const In*>(p_.grad_y) + row * p_.value_width, p_.value_width, g_.data());
     const T mean = inner_product<T>(g_.data(), out_.data(), V_);
-    const T sum = static_cast<const T*>(p_.log_sum)[row] * T(LOG2E);
+    const T sum = static_cast<const T*>(p_.log_sum)[row];
     std::fill(dq_.begin(), dq_.end(), Vec<T>{});
     for (int64_t n = 0; n < seen_; n += WIDTH<T>) {
       const int64_t there = std::min<int64_t>(WIDTH<T>, seen_ - n);
@@ -119,13 +119,13 @@ class Attention {
         for (int64_t j = 0; j < K_; ++j) products[i] += q_[j] * k[j];
         for (int64_t j = 0; j < V_; ++j) slopes[i] += g_[j] * v[j];
       }
-      const Vec<T> weights = power(lane_sums<T>(products) - sum);
+      const Vec<T> weights = exp(lane_sums<T>(products) - sum);
       const Vec<T> slope = weights * (lane_sums<T>(slopes) - mean);
       for (int64_t i = 0; i < there; ++i) {
         const int64_t at = key_row(b, tokens_[n + i], group);
         const Vec<T>* k = read(p_.k, at, p_.width, key_);
         for (int64_t j = 0; j < K_; ++j) dq_[j] += slope[i] * k[j];
-        add(p_.dk, at, p_.width, slope[i] / T(LOG2E), q_);
+        add(p_.dk, at, p_.width, slope[i], q_);
         add(p_.dv, at, p_.value_width, weights[i], g_);
       }
     }
@@ -147,8 +147,7 @@ class Attention {
       const int64_t end = (2 * (c + 1) * length + K) / (2 * K);
       for (int64_t s = (2 * c * length + K) / (2 * K); s < end; ++s) tokens_[seen_++] = first + s;
     }
-    load_row<T>(static_cast<const In*>(p_.q) + row * p_.width, p_.width, q_.data(),
-                T(p_.scale * LOG2E));
+    load_row<T>(static_cast<const In*>(p_.q) + row * p_.width, p_.width, q_.data(), T(p_.scale));
     return row;
   }
 
@@ -172,12 +171,6 @@ class Attention {
     const T* from = reinterpret_cast<const T*>(x.data());
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) sums[i] += factor * from[i];
-  }
-
-  static Vec<T> power(Vec<T> x) {
-    const Vec<T> one = all<Vec<T>>(1);
-    exp2_products<1>(&x, &one, &x);
-    return x;
   }
 
   const Problem& p_;
@@ -219,17 +212,9 @@ void choose_cells(const Problem* p) {
   p->probs_dtype == FLOAT64 ? choose<double>(*p) : choose<float>(*p);
 }
 void attend(const Problem* p) {
-  switch (p->dtype) {
-    case FLOAT32: return forward<float, float>(*p);
-    case FLOAT64: return forward<double, double>(*p);
-    case BFLOAT16: return forward<float, bf16>(*p);
-  }
+  with_dtype(p->dtype, [&](auto sum, auto x) { forward<decltype(sum), decltype(x)>(*p); });
 }
 void differentiate(const Problem* p) {
-  switch (p->dtype) {
-    case FLOAT32: return backward<float, float>(*p);
-    case FLOAT64: return backward<double, double>(*p);
-    case BFLOAT16: return backward<float, bf16>(*p);
-  }
+  with_dtype(p->dtype, [&](auto sum, auto x) { backward<decltype(sum), decltype(x)>(*p); });
 }
 }

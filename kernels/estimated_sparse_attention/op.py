@@ -5,7 +5,6 @@ torch.compile. B batch, T queries, S keys, H heads, G key heads, D head width, K
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,10 +45,6 @@ def estimated_sparse_attention_torch(
     return y, cells
 
 
-def _torch_form(form: str) -> ModuleType:
-    return implementation(__package__, "sparse" if form == "auto" else form)
-
-
 @custom_op("seqmix::estimated_sparse_attention", mutates_args=())
 def _attend(
     q: Tensor,
@@ -66,7 +61,7 @@ def _attend(
     library = library_for("estimated_sparse_attention", cpp.SOURCE, form, q.device)
     if library is not None:
         return cpp.forward(library, q, k, v, probs, segments, k_cells, causal, grouping, scale)
-    forward = _torch_form(form).forward
+    forward = implementation(__package__, form, "sparse").forward
     return forward(q, k, v, probs, segments, k_cells, causal, grouping, scale)
 
 
@@ -111,7 +106,7 @@ def _backward(
     if library is not None:
         parts = (grad_y, q, k, v, segments, cells, y, log_sum)
         return cpp.backward(library, *parts, k_cells, causal, scale)
-    backward = _torch_form(form).backward
+    backward = implementation(__package__, form, "sparse").backward
     return backward(grad_y, q, k, v, segments, cells, y, log_sum, k_cells, causal, grouping, scale)
 
 

@@ -106,10 +106,6 @@ def _library_of_chunks(form: str, q: Tensor, k: Tensor, v: Tensor) -> ctypes.CDL
     return library_for("linear_attention", cpp.CHUNKS, form, q.device)
 
 
-def _torch_form(form: str) -> str:
-    return "chunked" if form == "auto" else form
-
-
 @custom_op("seqmix::linear_attention", mutates_args=())
 def _chunked(
     q: Tensor,
@@ -126,7 +122,7 @@ def _chunked(
     library = _library_of_chunks(form, q, k, v)
     if library is not None:
         return cpp.forward(library, q, k, v, state, segments, scale, normalize, eps)
-    forward = implementation(__package__, _torch_form(form)).forward
+    forward = implementation(__package__, form, "chunked").forward
     return forward(q, k, v, state, segments, scale, normalize, eps, **_option(feature_map))
 
 
@@ -170,7 +166,7 @@ def _backward(
     library = _library_of_chunks(form, q, k, v)
     if library is not None:
         return cpp.backward(library, grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
-    backward = implementation(__package__, _torch_form(form)).backward
+    backward = implementation(__package__, form, "chunked").backward
     options = _option(feature_map)
     return backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale, **options)
 
@@ -239,7 +235,7 @@ def _steps(
     library = library_for("linear_attention", cpp.SOURCE, form, q.device)
     if library is not None:
         return cpp.steps(library, q, k, v, S, z, padding, scale, normalize, eps)
-    steps = implementation(__package__, "step" if form == "auto" else form).steps
+    steps = implementation(__package__, form, "step").steps
     return steps(q, k, v, S, z, padding, scale, normalize, eps)
 
 

@@ -103,9 +103,5 @@ void all_heads(const Problem& p) {
 }
 
 extern "C" void steps(const Problem* p) {
-  switch (p->dtype) {
-    case FLOAT32: return all_heads<float, float>(*p);
-    case FLOAT64: return all_heads<double, double>(*p);
-    case BFLOAT16: return all_heads<float, bf16>(*p);
-  }
+  with_dtype(p->dtype, [&](auto sum, auto x) { all_heads<decltype(sum), decltype(x)>(*p); });
 }

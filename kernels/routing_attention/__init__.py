@@ -6,7 +6,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
+from kernels.checks import (
+    check_floating,
+    check_integer,
+    check_not_empty,
+    check_segments,
+    check_shape,
+)
 from kernels.dispatch import choose
 from kernels.precision import accumulation_dtype
 from kernels.routing_attention.assignment import nearest, similarities, unit
@@ -188,10 +194,12 @@ def cluster_attention(
     if q_labels is None:
         q_labels = k_labels[:, S - T :]
     check_shape("cluster_attention", "q_labels", q_labels, "(B, T, H)", B, T, H)
-    q_groups, k_groups = q_labels, k_labels
+    check_integer("cluster_attention", q_labels=q_labels, k_labels=k_labels)
+    q_groups, k_groups = q_labels.long(), k_labels.long()  # which are multiplied by lengths
     if segments is not None:
-        k_groups = _groups(k_labels, segments, num_clusters)
-        q_groups = _groups(q_labels, segments[:, S - T :], num_clusters)
+        segments = segments.long()
+        k_groups = _groups(k_groups, segments, num_clusters)
+        q_groups = _groups(q_groups, segments[:, S - T :], num_clusters)
     form = choose(
         "cluster_attention", backend, _CLUSTER_FORMS, q.device, accumulation_dtype(q, k, v)
     )

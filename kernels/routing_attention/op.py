@@ -6,7 +6,6 @@ S keys, H heads, D head width.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,10 +54,6 @@ def cluster_torch(
     return y
 
 
-def _torch_form(form: str) -> ModuleType:
-    return implementation(__package__, "strict" if form == "auto" else form)
-
-
 @custom_op("seqmix::cluster_attention", mutates_args=())
 def _cluster(
     q: Tensor,
@@ -77,7 +72,7 @@ def _cluster(
     if library is not None:
         lines = cpp.lines_of_groups(library, q_groups, k_groups, window, causal)
         return cpp.attend(library, q, k, v, lines, last_resort, scale)
-    forward = _torch_form(form).forward
+    forward = implementation(__package__, form, "strict").forward
     return forward(q, k, v, q_groups, k_groups, window, causal, last_resort, shared, scale)
 
 
@@ -120,7 +115,7 @@ def _backward(
     if library is not None:
         lines = cpp.lines_of_groups(library, q_groups, k_groups, window, causal)
         return cpp.differentiate(library, grad, q, k, v, lines, y, lse, last_resort, scale)
-    backward = _torch_form(form).backward
+    backward = implementation(__package__, form, "strict").backward
     return backward(
         grad, q, k, v, q_groups, k_groups, y, lse, window, causal, last_resort, shared, scale
     )

@@ -3,9 +3,8 @@
 //
 // A block of queries walks over the keys from its first run to the end of its last, a block of keys
 // at a time; blocks are gathered, queries by rows and keys also by columns, and multiplied in
-// registers. Scores are in powers of two, their factor in the queries. The backward pass takes a
-// line at a time, so that the gradients of its keys are summed in one order, whatever the number of
-// threads.
+// registers, the scale of the scores in the queries. The backward pass takes a line at a time, so
+// that the gradients of its keys are summed in one order, whatever the number of threads.
 //
 // Also here is how runs come from groups (runs.py's make_runs) and from members of clusters, and how
 // these are chosen.
@@ -189,7 +188,7 @@ class Attention {
       const T sum = lane_sum<T>(total[i]);
       const int64_t row = runs_[i].row;
       store_row<T>(&out_[i * V_], p_.width, output(p_.y) + row * p_.width, sum == 0 ? T(0) : 1 / sum);
-      static_cast<T*>(p_.log_sum)[row] = sum == 0 ? 0 : (most[i] + std::log2(sum)) / T(LOG2E);
+      static_cast<T*>(p_.log_sum)[row] = sum == 0 ? 0 : most[i] + std::log(sum);
     }
   }
 
@@ -202,7 +201,7 @@ class Attention {
     for (int64_t first = 0; first < p_.queries; first += QUERIES) backward_block(line, first);
     for (int64_t place = 0; place < p_.keys; ++place) {
       const int64_t row = key_row(place) * p_.width;
-      store_row<T>(&dk_[place * V_], p_.width, output(p_.dk) + row, T(1 / LOG2E));
+      store_row<T>(&dk_[place * V_], p_.width, output(p_.dk) + row);
       store_row<T>(&dv_[place * V_], p_.width, output(p_.dv) + row);
     }
   }
@@ -234,7 +233,7 @@ class Attention {
         walk_from_ = std::min(walk_from_, low);
         walk_to_ = std::max(walk_to_, high);
       }
-      load_row<T>(input(p_.q) + runs_[i].row * p_.width, p_.width, &q_[i * V_], T(p_.scale * LOG2E));
+      load_row<T>(input(p_.q) + runs_[i].row * p_.width, p_.width, &q_[i * V_], T(p_.scale));
     }
   }
 
@@ -263,8 +262,7 @@ class Attention {
     if (run.low <= from && from + KEYS<T> <= run.high && run.hidden < 0) return;
     using I = typename Simd<T>::I;
     for (int j = 0; j < COLUMNS; ++j) {
-      I place;
-      for (int lane = 0; lane < WIDTH<T>; ++lane) place[lane] = from + j * WIDTH<T> + lane;
+      const I place = counting_from<T>(from + j * WIDTH<T>);
       const I seen = (place >= all<I>(run.low)) & (place < all<I>(run.high)) & (place != all<I>(run.hidden));
       scores[j] = seen ? scores[j] : all<Vec<T>>(-INFINITE);
     }
@@ -277,27 +275,20 @@ class Attention {
     Vec<T> top = x[0];
     for (int j = 1; j < COLUMNS; ++j) top = x[j] > top ? x[j] : top;
     const T higher = std::max(most, lane_max<T>(top));
-    if (higher == -INFINITE) {
-      std::fill_n(x, COLUMNS, Vec<T>{});
-      return;
-    }
     if (higher > most) {
-      const T shrink = std::exp2(most - higher);
+      const T shrink = std::exp(most - higher);
       total *= shrink;
       for (int64_t j = 0; j < V_; ++j) out_[r * V_ + j] *= shrink;
       most = higher;
     }
-    power(x, all<Vec<T>>(most));
+    weigh(x, most == -INFINITE ? 0 : most);  // where no score is a number, what is NaN shall stay
     for (int j = 0; j < COLUMNS; ++j) total += x[j];
   }
 
-  static void power(Vec<T>* x, Vec<T> less) {
-    Vec<T> ones[COLUMNS];
-    for (int j = 0; j < COLUMNS; ++j) {
-      x[j] -= less;
-      ones[j] = all<Vec<T>>(1);
-    }
-    exp2_products<COLUMNS>(x, ones, x);
+  // Scores become the exponentials of what they are above `level`.
+  static void weigh(Vec<T>* x, T level) {
+    for (int j = 0; j < COLUMNS; ++j) x[j] -= level;
+    exp_all<COLUMNS>(x);
   }
 
   void backward_block(int64_t line, int64_t first) {
@@ -309,7 +300,7 @@ class Attention {
       load_row<T>(input(p_.grad_y) + row * p_.width, p_.width, &g_[i * V_]);
       load_row<T>(input(p_.y) + row * p_.width, p_.width, other_.data());
       mean[i] = inner_product<T>(&g_[i * V_], other_.data(), V_);
-      sum[i] = static_cast<const T*>(p_.log_sum)[row] * T(LOG2E);
+      sum[i] = static_cast<const T*>(p_.log_sum)[row];
       if (runs_[i].apart >= 0) backward_apart(i, mean[i], sum[i]);
     }
     for (int64_t from = walk_from_; from < walk_to_; from += KEYS<T>) {
@@ -332,7 +323,7 @@ class Attention {
         for (int64_t r = i; r < i + rows; ++r) {
           Vec<T>*x = &weights_[r * COLUMNS], *slope = &slopes_[r * COLUMNS];
           mask(r, from, x);
-          power(x, all<Vec<T>>(sum[r]));
+          weigh(x, sum[r]);
           for (int j = 0; j < COLUMNS; ++j) slope[j] = x[j] * (slope[j] - mean[r]);
         }
         product<T, true>(numbers(slopes_) + i * KEYS<T>, KEYS<T>, 1, k_.data(), V_, &out_[i * V_], V_,
@@ -355,7 +346,7 @@ class Attention {
     load_row<T>(input(p_.v) + row, p_.width, other_.data());
     T slope = inner_product<T>(&g_[i * V_], other_.data(), V_) - mean;
     load_row<T>(input(p_.k) + row, p_.width, other_.data());
-    const T weight = std::exp2(inner_product<T>(&q_[i * V_], other_.data(), V_) - sum);
+    const T weight = std::exp(inner_product<T>(&q_[i * V_], other_.data(), V_) - sum);
     slope *= weight;
     for (int64_t j = 0; j < V_; ++j) {
       out_[i * V_ + j] += slope * other_[j];
@@ -405,17 +396,9 @@ void choose_members(const Choice* p) {
   p->dtype == FLOAT64 ? choose<double>(*p) : choose<float>(*p);
 }
 void attend(const Problem* p) {
-  switch (p->dtype) {
-    case FLOAT32: return forward<float, float>(*p);
-    case FLOAT64: return forward<double, double>(*p);
-    case BFLOAT16: return forward<float, bf16>(*p);
-  }
+  with_dtype(p->dtype, [&](auto sum, auto x) { forward<decltype(sum), decltype(x)>(*p); });
 }
 void differentiate(const Problem* p) {
-  switch (p->dtype) {
-    case FLOAT32: return backward<float, float>(*p);
-    case FLOAT64: return backward<double, double>(*p);
-    case BFLOAT16: return backward<float, bf16>(*p);
-  }
+  with_dtype(p->dtype, [&](auto sum, auto x) { backward<decltype(sum), decltype(x)>(*p); });
 }
 }

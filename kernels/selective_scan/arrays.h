@@ -77,18 +77,10 @@ void store_to(const Array& array, const Piece& at, const Vec<T>* in, int64_t pit
 
 template <class T>
 void load(const Array& array, const Piece& at, T* out, int64_t pitch) {
-  switch (array.dtype) {
-    case FLOAT32: return load_from<T, float>(array, at, out, pitch);
-    case FLOAT64: return load_from<T, double>(array, at, out, pitch);
-    case BFLOAT16: return load_from<T, bf16>(array, at, out, pitch);
-  }
+  with_dtype(array.dtype, [&](auto, auto x) { load_from<T, decltype(x)>(array, at, out, pitch); });
 }
 
 template <class T>
 void store(const Array& array, const Piece& at, const Vec<T>* in, int64_t pitch) {
-  switch (array.dtype) {
-    case FLOAT32: return store_to<T, float>(array, at, in, pitch);
-    case FLOAT64: return store_to<T, double>(array, at, in, pitch);
-    case BFLOAT16: return store_to<T, bf16>(array, at, in, pitch);
-  }
+  with_dtype(array.dtype, [&](auto, auto x) { store_to<T, decltype(x)>(array, at, in, pitch); });
 }

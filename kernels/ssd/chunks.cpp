@@ -210,12 +210,7 @@ class Block {
   // x where column j <= i, else 0: what stands there comes from the future and may be anything.
   static Vec<T> upto(int64_t i, int64_t v, Vec<T> x) {
     using I = typename Simd<T>::I;
-    return lanes() <= all<I>(i - v * W) ? x : Vec<T>{};
-  }
-  static typename Simd<T>::I lanes() {
-    typename Simd<T>::I lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    return lane;
+    return counting_from<T>(0) <= all<I>(i - v * W) ? x : Vec<T>{};
   }
 
   int64_t number_of(int64_t i, int64_t r) const {
@@ -266,7 +261,6 @@ class Block {
     if (!p_.log_decay && !p_.documents) return read_head_without_decay(r);
     using I = typename Simd<T>::I;
     const T infinite = std::numeric_limits<T>::infinity();
-    const Vec<T> log2e = all<Vec<T>>(LOG2E);
     T* arriving = numbers(arriving_);
     T since = 0;
     for (int64_t i = 0; i < size_; ++i) {
@@ -279,14 +273,14 @@ class Block {
       read_values(i, r);
       Vec<T>* row = &decay_[i * Qv_];
       for (int64_t v = 0; v < Qv_; ++v) {
-        const I before = lanes() < all<I>(i - v * W);
+        const I before = counting_from<T>(0) < all<I>(i - v * W);
         const Vec<T> sum = i ? row[v - Qv_] + step_[i] : Vec<T>{};
         row[v] = before ? sum : Vec<T>{};
       }
     }
     for (int64_t i = size_; i < Qv_ * W; ++i) arriving[i] = 0;
     std::fill(written_.begin() + size_ * Pv_, written_.end(), Vec<T>{});
-    for (Vec<T>& x : arriving_) exp2_products<1>(&x, &log2e, &x);
+    for (Vec<T>& x : arriving_) x = exp(x);
     for (int64_t i = 0; i < size_; ++i)
       for (int64_t v = 0; v < Qv_; ++v) {
         Vec<T>&x = decay_[i * Qv_ + v], &weight = weights_[i * Qv_ + v];
@@ -295,8 +289,7 @@ class Block {
           x = Vec<T>{};
           continue;
         }
-        exp2_products<1>(&x, &log2e, &x);
-        x = upto(i, v, x);
+        x = upto(i, v, exp(x));
         weight = upto(i, v, x * squares_[i * Qv_ + v]);
       }
     const T* leaving = numbers(decay_) + (size_ - 1) * Qv_ * W;
@@ -449,17 +442,9 @@ void run(const Problem& p, void (Block<T, In>::*work)(int64_t)) {
 
 extern "C" {
 void forward(const Problem* p) {
-  switch (p->dtype) {
-    case FLOAT32: return run(*p, &Block<float, float>::forward);
-    case FLOAT64: return run(*p, &Block<double, double>::forward);
-    case BFLOAT16: return run(*p, &Block<float, bf16>::forward);
-  }
+  with_dtype(p->dtype, [&](auto sum, auto x) { run(*p, &Block<decltype(sum), decltype(x)>::forward); });
 }
 void backward(const Problem* p) {
-  switch (p->dtype) {
-    case FLOAT32: return run(*p, &Block<float, float>::backward);
-    case FLOAT64: return run(*p, &Block<double, double>::backward);
-    case BFLOAT16: return run(*p, &Block<float, bf16>::backward);
-  }
+  with_dtype(p->dtype, [&](auto sum, auto x) { run(*p, &Block<decltype(sum), decltype(x)>::backward); });
 }
 }

@@ -3,7 +3,6 @@
 B batch, L time, H heads, P width per head, N state, G groups.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,10 +15,6 @@ from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.ssd import chunked, cpp
 from kernels.ssd.flops import ssd_backward_flops, ssd_flops
 from kernels.ssd.spans import Arguments
-
-
-def _torch_form(form: str) -> ModuleType:
-    return implementation(__package__, "chunked" if form == "auto" else form)
 
 
 @torch.library.custom_op("seqmix::ssd", mutates_args=())
@@ -42,7 +37,7 @@ def _forward(
     library = library_for("ssd", cpp.SOURCE, form, x.device)
     if library is not None:
         return cpp.forward(library, arguments, keep_states)
-    return _torch_form(form).forward(arguments, keep_states)
+    return implementation(__package__, form, "chunked").forward(arguments, keep_states)
 
 
 @_forward.register_fake
@@ -82,7 +77,7 @@ def _backward(
     library = library_for("ssd", cpp.SOURCE, form, x.device)
     if library is not None:
         return cpp.backward(library, arguments, kept, grad_y, grad_last)
-    return _torch_form(form).backward(arguments, kept, grad_y, grad_last)
+    return implementation(__package__, form, "chunked").backward(arguments, kept, grad_y, grad_last)
 
 
 @_backward.register_fake

@@ -4,13 +4,16 @@ B batch, T time.
 """
 
 from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kernels import native
 from kernels.launch import interpreting
 
 # Relative RMS error against a float64 reference. float64: two orders of one sum of some hundred
@@ -18,6 +21,8 @@ from kernels.launch import interpreting
 # remains is the rounding of outputs and gradients to 2^-9, and of what lies between.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 
+needs_compiler = pytest.mark.skipif(not native.has_compiler(), reason="no C++ compiler")
+CPP = pytest.param("cpp", marks=needs_compiler)
 
 COMPARED: list[str] = []  # what was held against a reference in this process
 
@@ -39,6 +44,19 @@ def assert_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> 
     message = f"{what}: relative RMS error {rms:.2e}, worst element {worst:.2e}, of {tolerance:.0e}"
     assert rms <= tolerance, message
     assert worst <= 20 * tolerance, message
+
+
+def assert_repeats_with_any_number_of_threads(run: Callable[[], Sequence[Tensor]]) -> None:
+    """To the bit, in C++, however small the work."""
+    threads = torch.get_num_threads()
+    once = run()
+    try:
+        with patch.object(native, "ONE_THREAD", 0):
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                assert all(torch.equal(a, b) for a, b in zip(run(), once, strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def values_and_gradients(

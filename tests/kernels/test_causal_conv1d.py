@@ -12,20 +12,20 @@ from torch.nn.functional import conv1d, pad, silu
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_flops, cpp
-from kernels.native import has_compiler
 from tests.kernels.compare import (
+    CPP,
     TOLERANCE,
     assert_close,
     assert_forms_agree,
+    assert_repeats_with_any_number_of_threads,
     bytes_kept_for_backward,
     check_operator,
     documents,
+    needs_compiler,
 )
 
 shifted = import_module("kernels.causal_conv1d.shifted")
 BLOCK, B, D = 7, 3, 5
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-CPP = pytest.param("cpp", marks=needs_compiler)
 
 
 @pytest.fixture
@@ -102,13 +102,7 @@ def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
         y = causal_conv1d(x, weight, bias, initial_state=state, activation="silu", backend="cpp")
         return [y, *torch.autograd.grad(y.square().sum(), (x, weight, bias, state))]
 
-    threads = torch.get_num_threads()
-    once = results()
-    try:
-        torch.set_num_threads(3)
-        assert all(torch.equal(a, b) for a, b in zip(results(), once, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_repeats_with_any_number_of_threads(results)
 
 
 def test_is_torchs_convolution():

@@ -23,19 +23,19 @@ from kernels.estimated_sparse_attention import (
     select_cells,
     stretch_cells,
 )
-from kernels.native import has_compiler
 from tests.kernels.compare import (
+    CPP,
     TOLERANCE,
     LargestTensor,
     assert_close,
     assert_forms_agree,
+    assert_repeats_with_any_number_of_threads,
     bytes_kept_for_backward,
     check_operator,
     documents,
+    needs_compiler,
 )
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-CPP = pytest.param("cpp", marks=needs_compiler)
 GOLDEN = Path(__file__).parents[1] / "golden"
 select = import_module("kernels.estimated_sparse_attention.select")
 sparse = import_module("kernels.estimated_sparse_attention.sparse")
@@ -202,13 +202,7 @@ def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
         y = estimated_sparse_attention(q, k, v, probs, k_cells=30, backend="cpp")
         return [y, *torch.autograd.grad(y.square().sum(), (q, k, v))]
 
-    once, threads = run(), torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            assert all(torch.equal(a, b) for a, b in zip(run(), once, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_repeats_with_any_number_of_threads(run)
 
 
 @needs_compiler

@@ -27,19 +27,20 @@ from kernels.linear_attention import (
 )
 from kernels.native import has_compiler
 from tests.kernels.compare import (
+    CPP,
     TOLERANCE,
     LargestTensor,
     assert_close,
     assert_forms_agree,
+    assert_repeats_with_any_number_of_threads,
     bytes_kept_for_backward,
     check_operator,
     documents,
+    needs_compiler,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hedgehog_linear_attention.npz"
 LENGTHS = (1, 2, 37, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5)
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-CPP = pytest.param("cpp", marks=needs_compiler)
 FORMS = pytest.mark.parametrize("backend", ["torch", CPP])
 blocks = import_module("kernels.linear_attention.blocks")
 cpp = import_module("kernels.linear_attention.cpp")
@@ -104,13 +105,7 @@ def test_cpp_repeats_to_the_bit_with_any_number_of_threads(normalize):
         loss = sum(y.square().sum() for y in outputs)
         return [*outputs, *torch.autograd.grad(loss, given)]
 
-    once, threads = run(), torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            assert all(torch.equal(a, b) for a, b in zip(run(), once, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_repeats_with_any_number_of_threads(run)
 
 
 @pytest.mark.parametrize("amx", [True, False])

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from kernels import BackendError, selective_scan
-from kernels.native import has_compiler, library
+from kernels.native import library
 from kernels.selective_scan import cpp
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+from tests.kernels.compare import needs_compiler
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.dispatch import BackendError
-from kernels.native import has_compiler
 from kernels.routing_attention import (
     Members,
     balanced_attention,
@@ -41,21 +40,22 @@ from kernels.routing_attention.kmeans import (
     unit_ema,
 )
 from tests.kernels.compare import (
+    CPP,
     TOLERANCE,
     LargestTensor,
     assert_close,
     assert_forms_agree,
+    assert_repeats_with_any_number_of_threads,
     bytes_kept_for_backward,
     check_operator,
     documents,
+    needs_compiler,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = TOLERANCE[torch.float64]
 LENGTHS = (1, 2, 37, 63, 64, 65, 133)  # blocks are of 16 to 64 keys
 MODES = pytest.mark.parametrize("mode", ["strict", "topw"])
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-CPP = pytest.param("cpp", marks=needs_compiler)
 strict = import_module("kernels.routing_attention.strict")
 
 
@@ -222,13 +222,7 @@ def test_cpp_repeats_to_the_bit_with_any_number_of_threads(mode):
         y = routing_attention(q, k, v, centres(D=64, dtype=torch.float32), **options)
         return [y, *torch.autograd.grad(y.square().sum(), (q, k, v))]
 
-    once, threads = run(), torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            assert all(torch.equal(a, b) for a, b in zip(run(), once, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_repeats_with_any_number_of_threads(run)
 
 
 @MODES
@@ -247,6 +241,35 @@ def test_cpp_does_not_hide_what_is_not_finite(mode):
     assert moved.any()
     for bad in (torch.nan, torch.inf):
         assert not run(bad)[moved].isfinite().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_cpp_does_not_hide_scores_that_are_not_numbers(which):
+    """An output is NaN where, and only where, any score that its query sees is."""
+    given = dict(zip("qkv", inputs(150, B=1, H=1), strict=True))
+    labels = torch.zeros(1, 150, 1, dtype=torch.int64)
+    given[which][0, 40] = given[which][0, 100:130] = torch.nan
+    y = cluster_attention(*given.values(), labels, labels, num_clusters=1, window=20, backend="cpp")
+    bad = torch.zeros(150, dtype=torch.bool)
+    bad[40] = bad[100:130] = True
+    if which == "k":
+        bad[40:60] = bad[100:149] = True
+    assert torch.equal(y.isnan().all(-1).flatten(), bad)
+    assert torch.equal(y.isnan().any(-1).flatten(), bad)
+
+
+@pytest.mark.parametrize("backend", ["torch", CPP, "reference"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_labels_and_documents_of_any_integer_dtype(backend, dtype):
+    q, k, v = inputs(90)
+    labels, segments = nearest(k, centres()), documents(3, 90, "packed")
+    options = {"num_clusters": 4, "window": 9, "backend": backend}
+    for kwargs in ({}, {"segments": segments}):
+        expected = cluster_attention(q, k, v, labels, labels, **options, **kwargs)
+        low = {name: x.to(dtype) for name, x in kwargs.items()}
+        y = cluster_attention(q, k, v, *[labels.to(dtype)] * 2, **options, **low)
+        assert torch.equal(y, expected)
 
 
 @MODES

@@ -14,12 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import peak_bytes
 from kernels import BackendError, selective_scan
-from kernels.native import has_compiler
 from kernels.selective_scan import selective_scan_flops, tiles
 from kernels.selective_scan.tiles import STEPS
+from tests.kernels.compare import CPP, assert_repeats_with_any_number_of_threads, needs_compiler
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba_selective_scan.npz"
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(not has_compiler(), reason="no C++ compiler"))
 FORMS = ("torch", CPP)
 BACKENDS = ("reference", *FORMS)
 LENGTHS = (1, 2, 13, STEPS - 1, STEPS, STEPS + 1, 2 * STEPS + 3)
@@ -130,7 +129,7 @@ def test_blocks_of_rows_and_channels_equal_the_loop(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["time last", "time first", "broadcast"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@needs_compiler
 def test_cpp_at_widths_around_its_vectors(dtype, layout):
     """Channels and states that fill vectors and units of 64 channels, and that do not."""
     for channels, d_state, groups, L in ((16, 16, 1, 33), (66, 9, 1, 17), (134, 17, 2, 70)):
@@ -151,21 +150,13 @@ def test_cpp_at_widths_around_its_vectors(dtype, layout):
             assert_near(got, expected, tolerance)
 
 
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@needs_compiler
 def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
     args = arguments(40, batch=3, channels=130, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    once = run("cpp", args)
-    try:
-        torch.set_num_threads(3)
-        again = run("cpp", args)
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(once, again, strict=True):
-        assert torch.equal(a, b)
+    assert_repeats_with_any_number_of_threads(lambda: run("cpp", args))
 
 
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_cpp_does_not_hide_what_is_not_finite(bad):
     args = arguments(40, dtype=torch.float32)

@@ -14,15 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import peak_bytes
 from kernels import BackendError, ssd
-from kernels.native import has_compiler
 from kernels.ssd import chunked, spans, ssd_flops
 from kernels.ssd.flops import ssd_backward_flops
 from kernels.ssd.op import ssd_torch
 from kernels.ssd.reference import ssd_reference
+from tests.kernels.compare import CPP, assert_repeats_with_any_number_of_threads, needs_compiler
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-CPP = pytest.param("cpp", marks=needs_compiler)
 BACKENDS = ("reference", "torch", CPP)
 CHUNKED = pytest.mark.parametrize("backend", ["torch", CPP])
 ssd_cpp = pytest.param(partial(ssd_torch, form="cpp"), marks=needs_compiler, id="cpp")
@@ -330,13 +328,7 @@ def test_cpp_at_widths_around_its_vectors(width, d_state, dtype):
 @needs_compiler
 def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
     args = arguments(200, 3, 8, 32, 32, groups=2, dtype=torch.float32, chunk_size=64)
-    once, threads = run("cpp", args), torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            assert all(torch.equal(a, b) for a, b in zip(run("cpp", args), once, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_repeats_with_any_number_of_threads(lambda: run("cpp", args))
 
 
 @needs_compiler
