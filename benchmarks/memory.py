@@ -17,8 +17,8 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = results.experimental_event_tree()
+    recorded = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = recorded.experimental_event_tree()  # type: ignore[union-attr]
     changes = []
     while events:
         event = events.pop()

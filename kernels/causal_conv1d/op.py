@@ -69,9 +69,8 @@ def _convolve(
     library = library_for("causal_conv1d", cpp.SOURCE, form, x.device)
     if library is not None:
         return cpp.forward(library, x, weight, bias, state, segments, silu)
-    return implementation(__package__, form, "shifted").forward(
-        x, weight, bias, state, segments, silu
-    )
+    forward = implementation(__package__, form, "shifted").forward
+    return forward(x, weight, bias, state, segments, silu)
 
 
 @_convolve.register_fake
@@ -101,9 +100,8 @@ def _backward(
     library = library_for("causal_conv1d", cpp.SOURCE, form, x.device)
     if library is not None:
         return cpp.backward(library, grad_y, x, weight, bias, state, segments, silu)
-    return implementation(__package__, form, "shifted").backward(
-        grad_y, x, weight, bias, state, segments, silu
-    )
+    backward = implementation(__package__, form, "shifted").backward
+    return backward(grad_y, x, weight, bias, state, segments, silu)
 
 
 @_backward.register_fake
