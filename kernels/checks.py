@@ -11,6 +11,8 @@ def check_shape(operator: str, name: str, tensor: Tensor, letters: str, *sizes: 
         letters: the expected shape as the docstring writes it, for instance "(B, T, H, K)".
     """
     shape = tensor.shape
+    if shape == sizes:  # compared at once: a decoding step is checked in microseconds
+        return
     if len(shape) == len(sizes):
         for size, wanted in zip(shape, sizes, strict=True):
             if wanted is not None and size != wanted:
