@@ -5,6 +5,7 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.launch import why_not_triton
 
@@ -51,6 +52,14 @@ def choose(
         f"backend={backend!r} for {operator} on {device.type}: {reason}; "
         f"these can serve the call: {', '.join(usable)}"
     )
+
+
+def observed() -> bool:
+    """Whether a compiler or a dispatch mode, such as one that counts, is to see operators.
+
+    Where none does, a few tokens are faster in plain torch than through an operator's own layer.
+    """
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def implementation(package: str | None, form: str, auto: str = "") -> ModuleType:

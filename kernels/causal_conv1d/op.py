@@ -15,7 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.causal_conv1d import cpp
 from kernels.causal_conv1d.documents import last_inputs
 from kernels.causal_conv1d.flops import causal_conv1d_flops
-from kernels.dispatch import implementation
+from kernels.causal_conv1d.reference import causal_conv1d_reference
+from kernels.dispatch import implementation, observed
 from kernels.native import library_for
 from kernels.precision import accumulation_dtype, outside_autocast
 
@@ -38,7 +39,8 @@ def causal_conv1d_op(
 
     Args:
         form: "shifted" or "triton", the module of this package that sums; "cpp"; or "auto", see
-            kernels.native.library_for, and shifted sums where that is not C++.
+            kernels.native.library_for, shifted sums where that is not C++, and the plain loop for
+            a few tokens with gradients.
     """
     silu = activation == "silu"
     given = (x, weight, bias, initial_state)
@@ -47,6 +49,10 @@ def causal_conv1d_op(
     if state is None and (return_state or not kept):
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
     few = x.shape[1] <= (_MOST_STEPS if segments is None else 1)
+    if few and kept and form == "auto" and not observed():
+        return causal_conv1d_reference(
+            x, weight, bias, activation=activation, initial_state=initial_state, segments=segments
+        )
     if few and not kept and state is not None:
         padding = None if segments is None else segments < 0
         return torch.ops.seqmix.causal_conv1d_steps(x, weight, bias, state, padding, silu)

@@ -6,15 +6,26 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_not_empty, check_shape
-from kernels.dispatch import choose
+from kernels.dispatch import choose, observed
 from kernels.linear_recurrence.flops import linear_recurrence_flops
 from kernels.linear_recurrence.op import linear_recurrence_op
 from kernels.linear_recurrence.reference import linear_recurrence_reference
 
 __all__ = ["linear_recurrence", "linear_recurrence_flops"]
 
+_LOOP_BELOW = 8  # positions for which the plain loop is faster than an operator's own layer
+
+
+def _by_length(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    if b.shape[1] < _LOOP_BELOW and not observed():
+        return linear_recurrence_reference(a, b, h0)
+    return linear_recurrence_op(a, b, h0, "auto")
+
+
 _FORMS = {
     "triton": partial(linear_recurrence_op, form="triton"),
+    "auto": _by_length,
+    "cpp": partial(linear_recurrence_op, form="cpp"),
     "torch": linear_recurrence_op,
     "reference": linear_recurrence_reference,
 }
@@ -37,7 +48,9 @@ def linear_recurrence(
         a: (B, T, D), or a shape that broadcasts to it, such as (D,) for a constant.
         b: (B, T, D).
         h0: (B, D) state before the first step; zeros by default.
-        backend: "auto", "triton", "torch" (blocks of sqrt(T) steps side by side) or "reference".
+        backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch"
+            (blocks of sqrt(T) steps side by side), "reference" (the loop), or "auto": "triton" on a
+            GPU; on a CPU "reference" for a few steps, else "cpp" where there is a compiler.
 
     Returns:
         h (B, T, D) in the dtype that a, b, h0 and float32 promote to: no state is kept in half

@@ -12,7 +12,9 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation
+from kernels.linear_recurrence import cpp
 from kernels.linear_recurrence.flops import linear_recurrence_flops
+from kernels.native import library_for
 from kernels.precision import outside_autocast
 
 
@@ -21,9 +23,13 @@ def linear_recurrence_op(a: Tensor, b: Tensor, h0: Tensor, form: str = "blocked"
     """a, b (B, T, D), h0 (B, D), all of one type -> every state (B, T, D).
 
     Args:
-        form: the module of this package that computes, "blocked" or "triton".
+        form: the module of this package that computes, "blocked" or "triton"; "cpp"; or "auto",
+            see kernels.native.library_for, and "blocked" where that is not C++.
     """
-    return outside_autocast(implementation(__package__, form).forward)(a, b, h0)
+    library = library_for("linear_recurrence", cpp.SOURCE, form, b.device)
+    if library is not None:
+        return cpp.forward(library, a, b, h0)
+    return outside_autocast(implementation(__package__, form, "blocked").forward)(a, b, h0)
 
 
 @linear_recurrence_op.register_fake
@@ -35,7 +41,10 @@ def _(a: Tensor, b: Tensor, h0: Tensor, form: str = "blocked") -> Tensor:
 def _backward(
     grad: Tensor, a: Tensor, h: Tensor, h0: Tensor, form: str = "blocked"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return outside_autocast(implementation(__package__, form).backward)(grad, a, h, h0)
+    library = library_for("linear_recurrence", cpp.SOURCE, form, grad.device)
+    if library is not None:
+        return cpp.backward(library, grad, a, h, h0)
+    return outside_autocast(implementation(__package__, form, "blocked").backward)(grad, a, h, h0)
 
 
 @_backward.register_fake

@@ -5,6 +5,7 @@ B batch, T time, D width. Complex arguments go in and come out as pairs of real 
 
 import math
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,19 +14,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_flops
 from tests.kernels.compare import (
+    CPP,
     TOLERANCE,
     assert_close,
     assert_forms_agree,
+    assert_repeats_with_any_number_of_threads,
     bytes_kept_for_backward,
     check_operator,
+    needs_compiler,
 )
 
 B, D = 2, 3
 # One plain loop ends below 16; blocks are of isqrt(T), so that 36 has no rest and 37 and 48 do.
 LENGTHS = [1, 2, 15, 16, 17, 35, 36, 37, 48]
+FORMS = pytest.mark.parametrize("backend", ["auto", "torch", CPP])
 
 
-def inputs(T: int, *, pairs: bool = False) -> list[Tensor]:
+def inputs(T: int, *, pairs: bool = False, D: int = D) -> list[Tensor]:
     """a, b, h0; |a| below 1 and mostly near it."""
     torch.manual_seed(T)
     shapes = [(B, T, D), (B, T, D), (B, D)]
@@ -40,26 +45,62 @@ def run_pairs(backend: str, a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor]:
     return (torch.view_as_real(h),)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("T", LENGTHS)
-def test_forms_agree(T, dtype):
+def test_forms_agree(T, dtype, backend):
     assert_forms_agree(
-        lambda backend, *x: (linear_recurrence(*x, backend=backend),), inputs(T), dtype
+        lambda backend, *x: (linear_recurrence(*x, backend=backend),),
+        inputs(T),
+        dtype,
+        None,
+        backend,
     )
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("T", LENGTHS)
-def test_complex_forms_agree(T, dtype):
-    assert_forms_agree(run_pairs, inputs(T, pairs=True), dtype)
+def test_complex_forms_agree(T, dtype, backend):
+    assert_forms_agree(run_pairs, inputs(T, pairs=True), dtype, None, backend)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [1, 4, 7, 8, 9, 16, 17, 32, 33, 1024, 1029])
+def test_cpp_at_widths_around_its_vectors_and_pieces(D, dtype):
+    """With inputs of any strides, a rate for all steps and conjugates that are not yet formed."""
+
+    def form(backend, a, b, h0):
+        pairs = [torch.view_as_complex(x) for x in (a, b, h0)]
+        z, x, start = pairs
+        strided = linear_recurrence(z.mT.contiguous().mT, x[:, :, :], start, backend=backend)
+        same = linear_recurrence(z[0, 0], x.conj(), start.conj(), backend=backend)
+        real = linear_recurrence(a[..., 0], b[..., 1], backend=backend)
+        return [torch.view_as_real(strided), torch.view_as_real(same.resolve_conj()), real]
+
+    assert_forms_agree(form, inputs(5, pairs=True, D=D), dtype, None, "cpp")
+
+
+@needs_compiler
+def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
+    leaves = [x.float().requires_grad_() for x in inputs(40, D=200)]
+
+    def run() -> list[Tensor]:
+        h = linear_recurrence(*leaves, backend="cpp")
+        return [h, *torch.autograd.grad(h.square().sum(), leaves)]
+
+    assert_repeats_with_any_number_of_threads(run)
+
+
+@FORMS
 @pytest.mark.parametrize("T", [1, 9, 18])
-def test_gradcheck(T):
+def test_gradcheck(T, backend):
+    form = partial(linear_recurrence, backend=backend)
     leaves = [x.requires_grad_() for x in inputs(T)]
-    assert torch.autograd.gradcheck(linear_recurrence, leaves)
+    assert torch.autograd.gradcheck(form, leaves)
     leaves = [torch.view_as_complex(x).requires_grad_() for x in inputs(T, pairs=True)]
-    assert torch.autograd.gradcheck(linear_recurrence, leaves)
+    assert torch.autograd.gradcheck(form, leaves)
 
 
 def test_constant_rate_is_a_rate_for_every_step():
@@ -91,27 +132,29 @@ def test_split_and_continue(cut):
     assert_close("h", torch.cat([first, second], 1), whole, TOLERANCE[torch.float64])
 
 
-def test_zero_starts_anew_and_one_stands_still():
+@FORMS
+def test_zero_starts_anew_and_one_stands_still(backend):
     """Also where the past is as large as float32 has room for."""
     a, b, h0 = (x.float() for x in inputs(40))
     a[:, 17], b[:, 16] = 0.0, 1e38
-    h = linear_recurrence(a, b, h0)
-    alone = linear_recurrence(a[:, 18:], b[:, 18:], b[:, 17])
+    h = linear_recurrence(a, b, h0, backend=backend)
+    alone = linear_recurrence(a[:, 18:], b[:, 18:], b[:, 17], backend=backend)
     assert_close("after the reset", h[:, 18:], alone, TOLERANCE[torch.float32])
     a[:, 20:30], b[:, 20:30] = 1.0, 0.0
-    h = linear_recurrence(a, b, h0)
+    h = linear_recurrence(a, b, h0, backend=backend)
     # A state reaches the next block through the block's products: equal but for rounding.
     still = h[:, 19:20].expand(-1, 10, -1)
     assert_close("standing still", h[:, 20:30], still, TOLERANCE[torch.float32])
 
 
-def test_decays_that_underflow_stay_exact():
+@FORMS
+def test_decays_that_underflow_stay_exact(backend):
     """Products of a block vanish in float32; nothing is ever divided by them."""
     T = 100
     a = torch.full((B, T, D), 1e-30)
     b = torch.randn(B, T, D)
     leaves = [a.requires_grad_(), b.requires_grad_()]
-    h = linear_recurrence(*leaves)
+    h = linear_recurrence(*leaves, backend=backend)
     assert torch.equal(h, b)
     grads = torch.autograd.grad(h.sum(), leaves)
     assert all(g.isfinite().all() for g in grads)
