@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
 from kernels.dispatch import choose
 from kernels.long_conv.flops import long_conv_flops
-from kernels.long_conv.op import long_conv_torch
+from kernels.long_conv.op import long_conv_auto, long_conv_torch
 from kernels.long_conv.reference import long_conv_reference
 from kernels.long_conv.transforms import TRANSFORMS
 from kernels.precision import accumulation_dtype
@@ -14,7 +14,7 @@ from kernels.segments import first_document
 
 __all__ = ["long_conv", "long_conv_flops"]
 
-_FORMS = {"torch": long_conv_torch, "reference": long_conv_reference}
+_FORMS = {"auto": long_conv_auto, "torch": long_conv_torch, "reference": long_conv_reference}
 
 
 def long_conv(
@@ -48,7 +48,8 @@ def long_conv(
             output is zero. Their lengths decide what is computed: a GPU tells them to the host.
         transform: "fft", or "monarch": the discrete Fourier transform as two block-diagonal
             factors, matrix products of cost T^1.5. The same map.
-        backend: "auto", "torch" or "reference".
+        backend: "torch" (the transform), "reference" (the sum), or "auto": "torch", and a sum over
+            lags for a few inputs.
 
     Returns:
         y (B, T, D) in the dtype of u.

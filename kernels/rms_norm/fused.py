@@ -22,7 +22,31 @@ def rms_norm_torch(
     group_size: int | None,
     eps: float,
 ) -> Tensor:
-    return _RMSNorm.apply(x, weight, gate, norm_before_gate, group_size or x.shape[-1], eps)
+    options = (norm_before_gate, group_size or x.shape[-1], eps)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, gate, *options)
+    return _normalise(x, weight, gate, *options)[0]
+
+
+def _normalise(
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    norm_before_gate: bool,
+    group_size: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y and the inverse roots (..., G, 1)."""
+    exact = accumulation_dtype(x)
+    h = x.to(exact)
+    if gate is not None and not norm_before_gate:
+        h = h * silu(gate.to(exact))
+    h = h.unflatten(-1, (-1, group_size))  # (..., G, C)
+    root = torch.rsqrt(h.square().mean(-1, keepdim=True).add_(eps))
+    y = (h * root).flatten(-2).mul_(weight)
+    if gate is not None and norm_before_gate:
+        y.mul_(silu(gate.to(exact)))
+    return y.to(x.dtype), root
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -41,18 +65,10 @@ class _RMSNorm(torch.autograd.Function):
         group_size: int,
         eps: float,
     ) -> Tensor:
-        exact = accumulation_dtype(x)
-        h = x.to(exact)
-        if gate is not None and not norm_before_gate:
-            h = h * silu(gate.to(exact))
-        h = h.unflatten(-1, (-1, group_size))  # (..., G, C)
-        root = torch.rsqrt(h.square().mean(-1, keepdim=True).add_(eps))
-        y = (h * root).flatten(-2).mul_(weight)
-        if gate is not None and norm_before_gate:
-            y.mul_(silu(gate.to(exact)))
+        y, root = _normalise(x, weight, gate, norm_before_gate, group_size, eps)
         ctx.save_for_backward(x, weight, gate, root)
         ctx.norm_before_gate, ctx.group_size = norm_before_gate, group_size
-        return y.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

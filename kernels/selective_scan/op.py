@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.dispatch import implementation
+from kernels.dispatch import implementation, observed
 from kernels.native import library_for
 from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.selective_scan import chunked, cpp
 from kernels.selective_scan.flops import selective_scan_backward_flops, selective_scan_flops
+from kernels.selective_scan.reference import selective_scan_reference
 from kernels.selective_scan.step import step
 from kernels.selective_scan.tiles import STEPS, Scan
 
@@ -186,7 +187,7 @@ def _scan(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan by `form`, or as a single step where there is no gradient to keep."""
+    """The scan by `form`; a single step by itself, for "auto" also where it has gradients."""
     if B.ndim == 3:
         B, C = B[:, None], C[:, None]
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -194,6 +195,8 @@ def _scan(
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, segments)
     if u.shape[2] == 1 and not grad and form != "triton":  # whose one kernel is a step as well
         return _step(*arguments)
+    if u.shape[2] == 1 and grad and form == "auto" and not observed():
+        return selective_scan_reference(*arguments)
     y, last, _ = _forward(*arguments, grad, form)
     return y, last
 
