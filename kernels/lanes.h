@@ -12,15 +12,19 @@ struct Simd;
 template <>
 struct Simd<float> {
   using V [[gnu::vector_size(64)]] = float;
+  using Loose [[gnu::vector_size(64), gnu::aligned(4), gnu::may_alias]] = float;
   using I [[gnu::vector_size(64)]] = int32_t;
 };
 template <>
 struct Simd<double> {
   using V [[gnu::vector_size(64)]] = double;
+  using Loose [[gnu::vector_size(64), gnu::aligned(8), gnu::may_alias]] = double;
   using I [[gnu::vector_size(64)]] = int64_t;
 };
 template <class T>
 using Vec = typename Simd<T>::V;
+template <class T>
+using Loose = typename Simd<T>::Loose;  // a vector that may lie anywhere among numbers
 template <class T>
 constexpr int WIDTH = 64 / sizeof(T);
 

@@ -1,6 +1,7 @@
 // Depthwise causal convolution and its gradients in one pass over time: shifted.py's equations.
 //
 // Rows of channels go by one after another; a ring holds the last W of them, as wide as sums are.
+// Rows that are whole vectors of that width already are read and written where they lie.
 // Time is cut into stretches of `chunk` tokens, which are independent: each reads the W - 1 rows in
 // front of it again. Gradients of taps and bias are summed by stretch, so that the number of
 // threads does not change a bit of them.
@@ -60,7 +61,7 @@ void store_to(const Rows& rows, int64_t b, int64_t t, int64_t channels, const T*
 }
 
 template <class T>
-void store(const Rows& rows, int64_t b, int64_t t, int64_t channels, const Vec<T>* in) {
+void store(const Rows& rows, int64_t b, int64_t t, int64_t channels, const Loose<T>* in) {
   const T* from = reinterpret_cast<const T*>(in);
   with_dtype(rows.dtype, [&](auto, auto x) { store_to<T, decltype(x)>(rows, b, t, channels, from); });
 }
@@ -77,6 +78,7 @@ class Stretch {
         first_(number % stretches_ * p.chunk),
         end_(std::min(first_ + p.chunk, p.length)),
         vectors_((p.channels + WIDTH<T> - 1) / WIDTH<T>),
+        whole_(p.channels % WIDTH<T> == 0),
         memory_((4 * p.width + 3) * vectors_ * WIDTH<T>),
         taps_at_(p.width),
         inputs_at_(p.width) {
@@ -88,10 +90,9 @@ class Stretch {
   void forward() {
     for (int64_t t = first_; t < end_; ++t) {
       read(t);
-      sum(t);
-      if (p_.silu)
-        for (int64_t i = 0; i < vectors_; ++i) out()[i] *= sigmoid(out()[i]);
-      store<T>(p_.y, b_, t, p_.channels, out());
+      Loose<T>* y = in_place(p_.y) ? row(p_.y, t) : out();
+      p_.silu ? sum<true>(t, y) : sum<false>(t, y);
+      if (!in_place(p_.y)) store<T>(p_.y, b_, t, p_.channels, y);
     }
   }
 
@@ -102,7 +103,7 @@ class Stretch {
       Vec<T>* g = gradient(t);
       load<T>(p_.grad_y, b_, t, p_.channels, g);
       if (p_.silu) {
-        sum(t);
+        sum<false>(t, out());
         for (int64_t i = 0; i < vectors_; ++i) {
           const Vec<T> u = out()[i], s = sigmoid(u);
           g[i] *= s * (1 + u * (1 - s));
@@ -111,7 +112,8 @@ class Stretch {
       if (t < end_) {  // the next stretch counts the others
         for (int64_t i = 0; i < vectors_; ++i) d_bias()[i] += g[i];
         for (int64_t j = 0; j <= reach(t); ++j) {
-          Vec<T>*d = d_taps(W - 1 - j), *x = input(t - j);
+          Vec<T>* d = d_taps(W - 1 - j);
+          const Loose<T>* x = input(t - j);
           for (int64_t i = 0; i < vectors_; ++i) d[i] += g[i] * x[i];
         }
       }
@@ -125,46 +127,56 @@ class Stretch {
  private:
   Vec<T>* taps(int64_t j) { return memory_.row(j, vectors_); }
   Vec<T>* d_taps(int64_t j) { return memory_.row(p_.width + j, vectors_); }
-  Vec<T>* input(int64_t t) { return memory_.row(2 * p_.width + slot(t), vectors_); }
+  Vec<T>* ring(int64_t t) { return memory_.row(2 * p_.width + slot(t), vectors_); }
   Vec<T>* gradient(int64_t t) { return memory_.row(3 * p_.width + slot(t), vectors_); }
   Vec<T>* bias() { return memory_.row(4 * p_.width, vectors_); }
   Vec<T>* d_bias() { return memory_.row(4 * p_.width + 1, vectors_); }
-  Vec<T>* out() { return memory_.row(4 * p_.width + 2, vectors_); }
+  Loose<T>* out() { return memory_.row(4 * p_.width + 2, vectors_); }
 
   int64_t slot(int64_t t) const { return (t + p_.width) % p_.width; }
   int64_t reach(int64_t t) const { return p_.reach ? p_.reach[b_ * p_.length + t] : p_.width - 1; }
 
+  bool in_place(const Rows& rows) const {
+    return whole_ && rows.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64);
+  }
+  Loose<T>* row(const Rows& rows, int64_t t) const {
+    return reinterpret_cast<Loose<T>*>(static_cast<T*>(rows.data) + b_ * rows.batch + t * rows.time);
+  }
+  const Loose<T>* input(int64_t t) { return t >= 0 && in_place(p_.x) ? row(p_.x, t) : ring(t); }
+
   void copy(Vec<T>* to, const void* from, int64_t row) {
     std::memcpy(to, static_cast<const T*>(from) + row * p_.channels, p_.channels * sizeof(T));
   }
-  void write(void* to, int64_t row, const Vec<T>* from) {
+  void write(void* to, int64_t row, const Loose<T>* from) {
     std::memcpy(static_cast<T*>(to) + row * p_.channels, from, p_.channels * sizeof(T));
   }
 
   // Puts the input at t into the ring; in front of the sequence stands the state, or nothing.
   void read(int64_t t) {
-    if (t >= 0) return load<T>(p_.x, b_, t, p_.channels, input(t));
-    if (p_.state) copy(input(t), p_.state, b_ * (p_.width - 1) + p_.width - 1 + t);
+    if (t >= 0 && in_place(p_.x)) return;
+    if (t >= 0) return load<T>(p_.x, b_, t, p_.channels, ring(t));
+    if (p_.state) copy(ring(t), p_.state, b_ * (p_.width - 1) + p_.width - 1 + t);
   }
 
-  // out = bias + the inputs that t sees, by their taps.
-  void sum(int64_t t) {
+  // to = bias + the inputs that t sees, by their taps.
+  template <bool SILU>
+  void sum(int64_t t, Loose<T>* to) {
     const int64_t n = reach(t) + 1;
-    if (n == 4) return sum_of<4>(t, n);
-    sum_of<0>(t, n);
+    if (n == 4) return sum_of<SILU, 4>(t, n, to);
+    sum_of<SILU, 0>(t, n, to);
   }
 
   // N, where it is not 0, is n: the compiler then keeps the whole sum in registers.
-  template <int N>
-  void sum_of(int64_t t, int64_t n) {
+  template <bool SILU, int N>
+  void sum_of(int64_t t, int64_t n, Loose<T>* to) {
     for (int64_t j = 0; j < n; ++j) {
       taps_at_[j] = taps(p_.width - 1 - j);
       inputs_at_[j] = input(t - j);
     }
     for (int64_t i = 0; i < vectors_; ++i) {
       Vec<T> u = bias()[i];
-      for (int64_t j = 0; j < (N ? N : n); ++j) u += taps_at_[j][i] * inputs_at_[j][i];
-      out()[i] = u;
+      for (int64_t j = 0; j < (N ? N : n); ++j) u += taps_at_[j][i] * static_cast<const Loose<T>*>(inputs_at_[j])[i];
+      to[i] = SILU ? u * sigmoid(u) : u;
     }
   }
 
@@ -172,10 +184,11 @@ class Stretch {
   // first stretch is the state; what lies in front of another is that of the one before.
   void finish(int64_t s) {
     if (s >= end_ || s < (first_ ? first_ : 1 - p_.width)) return;
-    std::fill_n(out(), vectors_, Vec<T>{});
+    std::fill_n(out(), vectors_, Loose<T>{});
     for (int64_t j = std::max<int64_t>(0, -s); j < p_.width && s + j < p_.length; ++j) {
       if (reach(s + j) < j) continue;
-      Vec<T>*w = taps(p_.width - 1 - j), *g = gradient(s + j), *dx = out();
+      Vec<T>*w = taps(p_.width - 1 - j), *g = gradient(s + j);
+      Loose<T>* dx = out();
       for (int64_t i = 0; i < vectors_; ++i) dx[i] += w[i] * g[i];
     }
     if (s >= 0) return store<T>(p_.dx, b_, s, p_.channels, out());
@@ -184,8 +197,10 @@ class Stretch {
 
   const Problem& p_;
   const int64_t stretches_, number_, b_, first_, end_, vectors_;
+  const bool whole_;
   Aligned<T> memory_;
-  std::vector<Vec<T>*> taps_at_, inputs_at_;
+  std::vector<const Vec<T>*> taps_at_;
+  std::vector<const void*> inputs_at_;
 };
 
 template <class T>

@@ -95,6 +95,26 @@ def test_cpp_takes_inputs_of_any_strides_and_dtype():
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_cpp_reads_and_writes_whole_vectors_where_they_lie(dtype, activation):
+    """Rows of whole vectors that begin anywhere, of a wider tensor and with documents too."""
+    torch.manual_seed(0)
+    given = [
+        torch.randn(s, dtype=torch.float64) for s in ((2, 300, 48), (48, 4), (48,), (2, 3, 48))
+    ]
+    segments = documents(2, 300, "packed")
+
+    def form(backend, x, *rest):
+        wide = torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+        options = {"activation": activation, "backend": backend}
+        alone = run(wide, *rest, **options)
+        return [*alone, *run(wide, *rest, segments=segments, **options)]
+
+    assert_forms_agree(form, given, dtype, None, "cpp")
+
+
+@needs_compiler
 def test_cpp_repeats_to_the_bit_with_any_number_of_threads():
     x, weight, bias, state = (x.float().requires_grad_() for x in inputs(3 * cpp.CHUNK + 5, 4))
 
