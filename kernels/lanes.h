@@ -2,6 +2,10 @@
 // AVX-512 register where the CPU has them, else as many narrower ones as it takes.
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -36,15 +40,28 @@ inline V all(double x) {
   return V{} + static_cast<std::remove_reference_t<decltype(V{}[0])>>(x);
 }
 
-// out[k] = 2^(x[k] y[k]): relative error below 1.5e-7 plus that of rounding x and y to float; 0 below
-// 2^-126, infinity from 2^127.5 on, NaN stays NaN. 2^0 is exactly 1. Several at once keep the
-// processor busy, which would wait for one chain of operations.
+// Adding this to a float rounds it to an integer n and leaves n + 127, the exponent's bits of 2^n, in
+// the low bits.
+constexpr float ROUND = 12582912 + 127;
+
+// p 2^n, from n + ROUND; 0 where n < -126.
+inline Vec<float> times_power(Vec<float> p, Vec<float> n) {
+  const Vec<float> least = all<Vec<float>>(ROUND - 126);
+#ifdef __AVX512F__
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, least, _CMP_NLT_UQ), p, n - ROUND);
+#else
+  using I = Simd<float>::I;
+  p *= reinterpret_cast<Vec<float>>(reinterpret_cast<I>(n) << 23);
+  return n < least ? Vec<float>{} : p;
+#endif
+}
+
+// out[k] = 2^(x[k] y[k]): relative error below 1.7e-7 plus that of rounding x and y to float; 0 below
+// 2^-126, infinity from 2^128 on or a little before, NaN stays NaN. 2^0 is exactly 1. Several at once
+// keep the processor busy, which would wait for one chain of operations.
 template <int K>
 inline void exp2_products(const Vec<float>* x, const Vec<float>* y, Vec<float>* out) {
   using V = Vec<float>;
-  using I = Simd<float>::I;
-  // Adding this rounds to an integer n and leaves n + 127, the exponent's bits, in the low bits.
-  constexpr float ROUND = 12582912 + 127;
   V n[K], r[K], p[K];
   for (int k = 0; k < K; ++k) n[k] = x[k] * y[k] + ROUND;
   for (int k = 0; k < K; ++k) n[k] = n[k] > ROUND + 128 ? all<V>(ROUND + 128) : n[k];
@@ -54,8 +71,7 @@ inline void exp2_products(const Vec<float>* x, const Vec<float>* y, Vec<float>* 
   for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 2.4022242426872253e-1f;
   for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 6.931470036506653e-1f;
   for (int k = 0; k < K; ++k) p[k] = p[k] * r[k] + 1.0f;
-  for (int k = 0; k < K; ++k) p[k] *= reinterpret_cast<V>(reinterpret_cast<I>(n[k]) << 23);
-  for (int k = 0; k < K; ++k) out[k] = n[k] < ROUND - 126 ? V{} : p[k];
+  for (int k = 0; k < K; ++k) out[k] = times_power(p[k], n[k]);
 }
 
 template <int K>
