@@ -22,9 +22,19 @@ def unit(x: Tensor) -> Tensor:
 @torch.no_grad()
 @outside_autocast
 def similarities(x: Tensor, centroids: Tensor) -> Tensor:
-    """Cosines (B, H, K, T) of x (B, T, H, D) with the unit `centroids` (H, K, D)."""
-    dtype = accumulation_dtype(x)
-    return torch.matmul(centroids.to(dtype), unit(x.to(dtype)).permute(0, 2, 3, 1))
+    """Cosines (B, H, K, T) of x (B, T, H, D) with the unit `centroids` (H, K, D).
+
+    Products are divided by the lengths, and not the vectors: there are fewer of them.
+    """
+    (B, T, H, D), dtype = x.shape, accumulation_dtype(x)
+    rows = x.to(dtype).flatten(0, 1).transpose(0, 1)  # (H, B * T, D), where they lie
+
+    def by_row(scores: Tensor) -> Tensor:
+        return scores.unflatten(-1, (B, T)).permute(2, 0, 1, 3)
+
+    products = by_row(torch.bmm(centroids.to(dtype), rows.mT))
+    lengths = by_row(torch.linalg.vector_norm(rows, dim=2).clamp_(min=EPS)[:, None])
+    return torch.div(products, lengths, out=products.new_empty(products.shape))
 
 
 @torch.no_grad()

@@ -257,7 +257,10 @@ def _attend(
     last_resort: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, K, Q, D) of queries that are candidates `where`; which saw anything."""
+    """Outputs (B, H, K, Q, D) of queries that are candidates `where`; which saw anything.
+
+    The others' are zero.
+    """
     index = held.index[..., None, :]  # (B, H, K, 1, M)
     seen = held.real[..., None, :] & asks[..., None]
     if causal:
@@ -273,7 +276,7 @@ def _attend(
         attn_mask=(seen | ~alive[..., None]).flatten(0, 1),  # no row of the mask is empty
         scale=scale,
     )
-    return out.view(query.shape), alive
+    return torch.where(alive[..., None], out.view(query.shape), 0), alive
 
 
 def _attend_by_runs(
@@ -341,19 +344,18 @@ def _average(out: Tensor, where: Tensor, alive: Tensor, T: int) -> tuple[Tensor,
     """Mean (B, T, H, D) over the clusters in which a query saw anything; their number.
 
     Args:
-        out: (B, H, K, Q, D).
+        out: (B, H, K, Q, D), zero where it saw nothing.
         where: (B, H, K, Q) positions.
         alive: (B, H, K, Q) bool.
     """
     B, H, _, Q, D = out.shape
-    out = torch.where(alive[..., None], out, 0)
     if Q == T:  # a slot for every position
         total, count = out.sum(2), alive.sum(2)
     else:
         row = torch.arange(B * H, device=out.device).view(B, H, 1, 1) * T
         place = (row + where.clamp(min=0)).flatten()
         # Deterministic on the CPU, and on a GPU where torch is asked to be.
-        total = out.new_zeros(B * H * T, D).index_add(0, place, out.reshape(-1, D))
+        total = out.new_zeros(B * H * T, D).index_add_(0, place, out.reshape(-1, D))
         count = place.new_zeros(B * H * T).index_add_(0, place, alive.flatten().to(place.dtype))
         total, count = total.view(B, H, T, D), count.view(B, H, T)
     y = total / count.clamp(min=1)[..., None]

@@ -51,6 +51,7 @@ from tests.kernels.compare import (
     documents,
     needs_compiler,
 )
+from training.pages import keep_freed_pages
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = TOLERANCE[torch.float64]
@@ -669,7 +670,8 @@ def test_time_grows_by_three_halves(mode):
             times.append(time.process_time() - start)
         return min(times[1:])  # the other worker of the tests shares the caches
 
-    slope = math.log(seconds(16384) / seconds(4096)) / math.log(4)
+    keep_freed_pages()  # as in training: the kernel's zeroing of large blocks is not ours
+    slope = math.log(seconds(65536) / seconds(16384)) / math.log(4)
     assert 1.0 < slope < 1.7
 
 
