@@ -26,7 +26,7 @@ def similarities(x: Tensor, centroids: Tensor) -> Tensor:
 
     Products are divided by the lengths, and not the vectors: there are fewer of them.
     """
-    (B, T, H, D), dtype = x.shape, accumulation_dtype(x)
+    (B, T, *_), dtype = x.shape, accumulation_dtype(x)
     rows = x.to(dtype).flatten(0, 1).transpose(0, 1)  # (H, B * T, D), where they lie
 
     def by_row(scores: Tensor) -> Tensor:
