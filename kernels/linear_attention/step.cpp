@@ -49,12 +49,8 @@ class Steps {
   }
 
   void token_of(const T* S, const T* z, T* S_after, T* z_after) {
-    T weight = 0;
-    for (int64_t i = 0; i < p_.K; ++i) {
-      q_[i] *= static_cast<T>(p_.scale);
-      z_after[i] = (z ? z[i] : T(0)) + k_[i];
-      weight += q_[i] * z_after[i];
-    }
+    for (T& q : q_) q *= static_cast<T>(p_.scale);
+    for (int64_t i = 0; i < p_.K; ++i) z_after[i] = (z ? z[i] : T(0)) + k_[i];
     constexpr int64_t W = WIDTH<T>;
     int64_t j = 0;
     for (; j + 4 * W <= p_.V; j += 4 * W) columns<4>(S, S_after, j);
@@ -67,25 +63,31 @@ class Steps {
         out_[j] += q_[i] * S_after[at];
       }
     }
-    if (p_.normalize)
-      for (T& y : out_) y /= weight + static_cast<T>(p_.eps);
+    if (!p_.normalize) return;
+    T weight = static_cast<T>(p_.eps);
+    for (int64_t i = 0; i < p_.K; ++i) weight += q_[i] * z_after[i];
+    for (T& y : out_) y /= weight;
   }
+
+  static Loose<T>* vectors(T* at) { return reinterpret_cast<Loose<T>*>(at); }
+  static const Loose<T>* vectors(const T* at) { return reinterpret_cast<const Loose<T>*>(at); }
 
   // N vectors of the state's columns from j on: their sums stay in registers.
   template <int N>
   void columns(const T* S, T* S_after, int64_t j) {
-    Vec<T> v[N], out[N]{}, s[N]{};
-    std::memcpy(v, &v_[j], sizeof v);
+    Vec<T> v[N], out[N]{};
+    for (int n = 0; n < N; ++n) v[n] = vectors(&v_[j])[n];
     for (int64_t i = 0; i < p_.K; ++i) {
-      if (S) std::memcpy(s, S + i * p_.V + j, sizeof s);
-      Vec<T> now[N];
+      const T k = k_[i], q = q_[i];
+      const Loose<T>* before = S ? vectors(S + i * p_.V + j) : nullptr;
+      Loose<T>* after = vectors(S_after + i * p_.V + j);
       for (int n = 0; n < N; ++n) {
-        now[n] = s[n] + k_[i] * v[n];
-        out[n] += q_[i] * now[n];
+        const Vec<T> now = k * v[n] + (S ? before[n] : Vec<T>{});
+        after[n] = now;
+        out[n] += q * now;
       }
-      std::memcpy(S_after + i * p_.V + j, now, sizeof now);
     }
-    std::memcpy(&out_[j], out, sizeof out);
+    for (int n = 0; n < N; ++n) vectors(&out_[j])[n] = out[n];
   }
 
   const Problem& p_;
