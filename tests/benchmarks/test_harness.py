@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.harness import Timing, exponent, measure, ratio
+from benchmarks.harness import LEAST_SECONDS, Timing, exponent, measure, ratio
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,9 @@ def test_a_slowed_peer_changes_the_ratio():
 
 def test_rounds_are_interleaved_and_nobody_always_comes_first():
     order = []
-    calls = {name: lambda n=name: (order.append(n), time.sleep(0.003)) for name in "abc"}
+    calls = {
+        name: lambda n=name: (order.append(n), time.sleep(1.5 * LEAST_SECONDS)) for name in "abc"
+    }
     timings = measure(calls, 4, CPU)
     rounds = "".join(order[6:])  # after two calls of each that do not count
     assert rounds == "abc" + "bca" + "cab" + "abc"
