@@ -63,17 +63,26 @@ def library_for(operator: str, source: Path, form: str, device: torch.device) ->
             other is not C++.
 
     Raises:
-        BackendError: "cpp" off the CPU, or see `library`.
+        BackendError: see `library_on`, for "cpp".
     """
     if form == "cpp":
-        if device.type != "cpu":
-            raise BackendError(
-                f"backend='cpp' for {operator}: its tensors are on {device.type}, not on the cpu"
-            )
-        return library(source)
+        return library_on(operator, source, device)
     if form != "auto" or device.type != "cpu" or switched_off():
         return None
     return library_or_none(source)
+
+
+def library_on(operator: str, source: Path, device: torch.device) -> ctypes.CDLL:
+    """`library` for tensors on `device`.
+
+    Raises:
+        BackendError: they are not on the CPU, or see `library`.
+    """
+    if device.type != "cpu":
+        raise BackendError(
+            f"backend='cpp' for {operator}: its tensors are on {device.type}, not on the cpu"
+        )
+    return library(source)
 
 
 @cache

@@ -14,7 +14,7 @@ from torch.library import custom_op
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kernels.long_conv.documents import bundles
-from kernels.native import library, library_for
+from kernels.native import library_for, library_on
 from kernels.routing_attention import cpp
 from kernels.routing_attention.members import member_attention
 
@@ -82,7 +82,8 @@ def _choose_torch(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 @custom_op("seqmix::choose_members", mutates_args=())
 def _choose(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    return cpp.choose_members(library(cpp.SOURCE), scores, slots)
+    library = library_on("balanced_attention", cpp.SOURCE, scores.device)
+    return cpp.choose_members(library, scores, slots)
 
 
 @_choose.register_fake
@@ -121,8 +122,8 @@ def balanced_torch(
 
 @torch.compiler.assume_constant_result  # a compiler is there, or it is not
 def _best_form(device: str) -> str:
-    found = library_for("balanced_attention", cpp.SOURCE, "auto", torch.device(device))
-    return "torch" if found is None else "cpp"
+    library = library_for("balanced_attention", cpp.SOURCE, "auto", torch.device(device))
+    return "torch" if library is None else "cpp"
 
 
 @torch.compiler.disable()  # how many documents there are depends on the data

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import BackendError, selective_scan
-from kernels.native import library
+from kernels.native import library, library_on
 from kernels.selective_scan import cpp
 from tests.kernels.compare import needs_compiler
 
@@ -46,6 +46,11 @@ def test_without_a_compiler_auto_warns_once_and_a_request_fails(
     assert torch.equal(first, selective_scan(u, u, A, B, B, backend="torch"))
     with pytest.raises(BackendError, match=error):
         selective_scan(u, u, A, B, B, backend="cpp")
+
+
+def test_no_library_for_another_device():
+    with pytest.raises(BackendError, match="for ssd: its tensors are on meta, not on the cpu"):
+        library_on("ssd", cpp.SOURCE, torch.device("meta"))
 
 
 @pytest.mark.gpu
