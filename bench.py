@@ -1,5 +1,10 @@
 """Time an operator or a mixer beside its peers: `python bench.py op=<operator>`; see --help."""
 
+import os
+
+# Before torch is imported, whose allocator warns of blocks that are older than a peak's measurement.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from omegaconf import DictConfig
 
 from schema.entry import command
@@ -14,12 +19,8 @@ def run(cfg: DictConfig) -> None:
         ConfigError: an unknown name or an impossible number; nothing was measured.
     """
     # Torch takes seconds to import, which a mistake on the command line need not wait for.
-    import os
     from dataclasses import fields
     from pathlib import Path
-
-    # Its allocator warns of blocks that were there before a peak is measured, as they always are.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     import torch
     from omegaconf import OmegaConf
