@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch is imported, whose allocator warns of blocks that are older than a peak's measurement.
+# Before torch is imported: its allocator warns of blocks older than the measuring of a peak.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from omegaconf import DictConfig
