@@ -73,6 +73,7 @@ def point_name(overrides: Sequence[str]) -> str:
     # What sweeps are mostly about comes first; long values are the digest's business.
     parts.sort(key=lambda part: FIRST.index(part[0]) if part[0] in FIRST else len(FIRST))
     told = [f"{k.rsplit('.', 1)[-1]}-{v}" for k, _, v in parts if len(v) <= LONGEST_VALUE]
+    told = [each.replace("e+", "e") for each in told]  # 1e+3 is not to look like 1e-3
     plain = [re.sub(r"[^A-Za-z0-9._]+", "-", each).strip("-") for each in told]
     name = "_".join(plain)[:LONGEST_NAME].strip("-_")
     return f"{name}-{digest}" if name else digest

@@ -165,6 +165,7 @@ def test_names_of_points():
     elsewhere = ["run_dir=x", "data.root=y", "logger=wandb", "hydra.sweep.dir=z", "sweep=seeds"]
     assert point_name(["seed=1", *elsewhere]) == point_name(["seed=1"])
     assert point_name(["seed=1"]) != point_name(["seed=2"])
+    assert point_name(["optimizer.lr=1e+38"]).startswith("lr-1e38-")
     assert len(point_name([f"a{i}={i}" for i in range(99)])) < 100
 
 
