@@ -159,6 +159,38 @@ inline T convert(S x) {
   }
 }
 
+using Half [[gnu::vector_size(32), gnu::aligned(2), gnu::may_alias]] = uint16_t;  // 16 bf16 numbers
+
+inline Vec<float> widen(Half x) {
+  using Word [[gnu::vector_size(64)]] = uint32_t;
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(x, Word) << 16);
+}
+
+// To nearest, ties to even. The instruction takes numbers below 2^-126 for zero.
+inline Half narrow(Vec<float> x) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<Half>(_mm512_cvtneps_pbh(x));
+#else
+  using Word [[gnu::vector_size(64)]] = uint32_t;
+  using Exact [[gnu::vector_size(32)]] = uint16_t;
+  const Word bits = reinterpret_cast<Word>(x), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector(x == x ? nearest : Word{} + 0x7fc0, Exact);
+#endif
+}
+
+using Whole [[gnu::vector_size(64), gnu::aligned(2), gnu::may_alias]] = uint16_t;  // 32 of them
+
+inline Whole narrow(Vec<float> first, Vec<float> second) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<Whole>(_mm512_cvtne2ps_pbh(second, first));
+#else
+  Half halves[2] = {narrow(first), narrow(second)};
+  Whole both;
+  std::memcpy(&both, halves, sizeof both);
+  return both;
+#endif
+}
+
 // first, first + 1, ..., lane by lane.
 template <class T>
 inline typename Simd<T>::I counting_from(int64_t first) {

@@ -95,6 +95,20 @@ def library_or_none(source: Path) -> ctypes.CDLL | None:
         return None
 
 
+def fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    """Fields of one kind, for a ctypes.Structure."""
+    return [(name, kind) for name in names]
+
+
+class Tokens(ctypes.Structure):
+    """A tensor (B, T, heads, width), the numbers of a token side by side: steps in numbers."""
+
+    _fields_ = (
+        *fields(ctypes.c_void_p, "data"),
+        *fields(ctypes.c_int64, "batch", "time"),
+    )
+
+
 class Call:
     """A problem for the functions of a library, and the tensors it points to, which live as long.
 
@@ -116,6 +130,13 @@ class Call:
         """A new tensor for the result `name`."""
         return self.point(name, torch.empty(shape, dtype=dtype), dtype)
 
+    def point_tokens(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor (B, T, heads, width), in `dtype`, for the field `name`, which is Tokens."""
+        tensor = tensor.to(dtype)
+        if tensor.stride()[2:] != (tensor.shape[3], 1):
+            tensor = tensor.contiguous()
+        return self.describe(name, tensor, Tokens(tensor.data_ptr(), *tensor.stride()[:2]))
+
     def describe(self, name: str, tensor: Tensor, by: object) -> Tensor:
         """The tensor for the field `name`, which says `by` what it reads."""
         setattr(self.problem, name, by)
@@ -131,11 +152,6 @@ class Call:
     def forget(self) -> None:
         """Keep the tensors no longer: the call is done."""
         self._held.clear()
-
-
-def fields(kind: type, *names: str) -> list[tuple[str, type]]:
-    """Fields of one kind, for a ctypes.Structure."""
-    return [(name, kind) for name in names]
 
 
 def stored_dtype(exact: torch.dtype, *tensors: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Which dtype an operator computes in, whatever the autocast around it."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -44,9 +44,13 @@ def matmul_dtype(*tensors: Tensor, low: torch.dtype | None = None) -> torch.dtyp
     return dtype
 
 
+@cache
 def has_amx() -> bool:
-    """Whether this CPU multiplies 16-bit matrices in tiles, several times faster than float32."""
-    return torch.cpu._is_amx_tile_supported()
+    """Whether this CPU multiplies 16-bit matrices in tiles, several times faster than float32.
+
+    From the first call on this process may use the tiles' registers.
+    """
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:

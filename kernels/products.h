@@ -5,6 +5,12 @@
 
 #include "lanes.h"
 
+// A tensor (batch, time, heads or groups, width), the numbers of a token side by side.
+struct Tokens {
+  void* data;
+  int64_t batch, time;
+};
+
 constexpr int ROWS = 6, COLUMNS = 4;  // rows and vectors of sums that AVX-512's registers hold
 
 // c (R, V) = a (R, depth) b (depth, V), or added to what c holds. `down` and `along` are the steps
@@ -63,14 +69,22 @@ constexpr int64_t vectors_of(int64_t width) {
 template <class T, class S>
 inline void load_row(const S* from, int64_t width, Vec<T>* to, T scale = 1) {
   T* out = reinterpret_cast<T*>(to);
-  for (int64_t i = 0; i < width; ++i) out[i] = convert<T>(from[i]) * scale;
-  for (int64_t i = width; i < vectors_of<T>(width) * WIDTH<T>; ++i) out[i] = 0;
+  int64_t i = 0;
+  if constexpr (std::is_same_v<S, bf16>)
+    for (; i + WIDTH<T> <= width; i += WIDTH<T>)
+      to[i / WIDTH<T>] = widen(*reinterpret_cast<const Half*>(from + i)) * scale;
+  for (; i < width; ++i) out[i] = convert<T>(from[i]) * scale;
+  for (i = width; i < vectors_of<T>(width) * WIDTH<T>; ++i) out[i] = 0;
 }
 
 template <class T, class S>
 inline void store_row(const Vec<T>* from, int64_t width, S* to, T scale = 1) {
   const T* in = reinterpret_cast<const T*>(from);
-  for (int64_t i = 0; i < width; ++i) to[i] = convert<S>(in[i] * scale);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<S, bf16>)
+    for (; i + WIDTH<T> <= width; i += WIDTH<T>)
+      *reinterpret_cast<Half*>(to + i) = narrow(from[i / WIDTH<T>] * scale);
+  for (; i < width; ++i) to[i] = convert<S>(in[i] * scale);
 }
 
 // to (vectors WIDTH, groups) = the transpose of from (groups WIDTH, vectors).

@@ -79,8 +79,8 @@ def linear_attention(
             it, so that none reach memory, for X up to 64; other forms, wider inputs and single
             tokens have them made in front.
         backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch",
-            "reference", or "auto": "triton" on a GPU, on a CPU "cpp" where there is a compiler, but
-            for 16-bit inputs on a CPU with AMX, whose chunks are torch's.
+            "reference", or "auto": "triton" on a GPU, on a CPU "cpp" where there is a compiler,
+            which multiplies bfloat16 in tiles where the CPU has AMX.
 
     Returns:
         y (B, T, H, V) in the dtype of v, and the state of each row's last valid document in

@@ -16,14 +16,16 @@ from kernels.segments import first_document
 # Bytes of one block's (C, C) squares: the second-level caches of two cores; a GPU wants long runs.
 _SQUARES = {"cpu": 2 << 20}
 _SQUARES_ELSEWHERE = 64 << 20
+_LEAST_ROWS = 16  # of a product that is faster in 16 bits: a tile's
 
 
 class Block(NamedTuple):
-    """`chunks` chunks of `chunk` tokens each, from token `start` on."""
+    """`chunks` chunks of `chunk` tokens each, from token `start` on; products are in `dtype`."""
 
     start: int
     chunks: int
     chunk: int
+    dtype: torch.dtype
 
     @property
     def span(self) -> slice:
@@ -35,28 +37,32 @@ class Block(NamedTuple):
         return x[:, self.span].unflatten(1, (self.chunks, self.chunk)).transpose(0, 1)
 
 
-def cut(length: int, heads: int, dtype: torch.dtype, device: torch.device) -> list[Block]:
+def cut(
+    length: int, heads: int, dtype: torch.dtype, exact: torch.dtype, device: torch.device
+) -> list[Block]:
     """Blocks of full chunks, then what is left over as one shorter chunk.
 
     Args:
         heads: B * H, the number of squares in a chunk.
-        dtype: of the squares.
+        dtype: of the products.
+        exact: of those of a few tokens, for which 16 bits save no time.
     """
     budget = _SQUARES.get(device.type, _SQUARES_ELSEWHERE)
     most = max(1, budget // (heads * CHUNK * CHUNK * dtype.itemsize))
     full, rest = divmod(length, CHUNK)
-    blocks = [Block(c * CHUNK, min(most, full - c), CHUNK) for c in range(0, full, most)]
-    return [*blocks, Block(full * CHUNK, 1, rest)] if rest else blocks
+    blocks = [Block(c * CHUNK, min(most, full - c), CHUNK, dtype) for c in range(0, full, most)]
+    of_rest = dtype if rest >= _LEAST_ROWS else exact
+    return [*blocks, Block(full * CHUNK, 1, rest, of_rest)] if rest else blocks
 
 
-def load(x: Tensor, block: Block, dtype: torch.dtype, *, ones: bool = False) -> Tensor:
-    """The block of x (B, T, H, D), copied to (n*B*H, C, D); `ones` appends a column of ones."""
+def load(x: Tensor, block: Block, dtype: torch.dtype, *, ones: int = 0) -> Tensor:
+    """The block of x (B, T, H, D), copied to (n*B*H, C, D + ones): so many columns of ones."""
     part = block.view(x).transpose(2, 3)  # (n, B, H, C, D)
     D = part.shape[-1]
     copy = torch.empty((*part.shape[:-1], D + ones), dtype=dtype, device=x.device)
     copy[..., :D] = part
     if ones:
-        copy[..., D] = 1
+        copy[..., D:] = 1
     return copy.flatten(0, 2)
 
 
@@ -96,13 +102,12 @@ class Masks(NamedTuple):
         return squares
 
 
-def masks(
-    segments: Tensor | None, blocks: list[Block], dtype: torch.dtype, device: torch.device
-) -> Iterator[Masks]:
+def masks(segments: Tensor | None, blocks: list[Block], device: torch.device) -> Iterator[Masks]:
     """The masks of every block, in order."""
     if segments is None:
         for block in blocks:
-            yield Masks(torch.ones(block.chunk, block.chunk, dtype=dtype, device=device).tril_())
+            square = torch.ones(block.chunk, block.chunk, dtype=block.dtype, device=device)
+            yield Masks(square.tril_())
         return
     before = first_document(segments)
     for block in blocks:
@@ -113,8 +118,8 @@ def masks(
         valid = seg >= 0
         within = (seg[..., :, None] == seg[..., None, :]) & valid[..., None]
         yield Masks(
-            within=within.to(dtype).tril_()[:, :, None],
-            reads=(valid & (seg == first[..., None])).to(dtype)[:, :, None, :, None],
-            writes=(valid & (seg == after[..., None])).to(dtype)[:, :, None, :, None],
+            within=within.to(block.dtype).tril_()[:, :, None],
+            reads=(valid & (seg == first[..., None])).to(block.dtype)[:, :, None, :, None],
+            writes=(valid & (seg == after[..., None])).to(block.dtype)[:, :, None, :, None],
             stays=(first == after)[:, :, None, None, None],
         )

@@ -42,16 +42,16 @@ def forward(
     E = _first_state(state, (B, H, K, V + normalize), exact, q.device)
     y = v.new_empty(B, T, H, V)
     sums = torch.empty((B, T, H, int(normalize)), dtype=exact, device=q.device)
-    blocks = cut(T, B * H, dtype, q.device)
-    for block, mask in zip(blocks, masks(segments, blocks, dtype, q.device), strict=True):
-        q_b, k_b = load(q, block, dtype), load(k, block, dtype)
-        v_b = load(v, block, dtype, ones=normalize)
+    blocks = cut(T, B * H, dtype, exact, q.device)
+    for block, mask in zip(blocks, masks(segments, blocks, q.device), strict=True):
+        q_b, k_b = load(q, block, block.dtype), load(k, block, block.dtype)
+        v_b = load(v, block, block.dtype, ones=normalize)
         if scale != 1:
             q_b.mul_(scale)
         updates = torch.bmm(k_b.mT, mask.apply(v_b, mask.writes))
         before, E = _prefix(E, updates, mask, block.chunks)
         out = torch.bmm(mask.apply_within_(torch.bmm(q_b, k_b.mT)), v_b)
-        out = torch.baddbmm(out, mask.apply(q_b, mask.reads), before.to(dtype))
+        out = torch.baddbmm(out, mask.apply(q_b, mask.reads), before.to(block.dtype))
         if normalize:
             weight = out[..., V:].to(exact).add_(eps)
             store(weight, block, sums)
@@ -82,29 +82,37 @@ def backward(
 
         dQ = (L * G V^T) K + G E^T,  dK = (L * G V^T)^T Q + V R^T,  dV = (L * Q K^T)^T G + K R,
         R <- R + Q^T G
+
+    The gradient of a sum of weights cancels that of what they weigh, which rounding to 16 bits
+    would undo: there it is two numbers, the second what rounding the first has left, and two
+    columns of ones stand behind V.
     """
     (B, T, H, K), V = q.shape, v.shape[3]
     normalize = sums.shape[3] == 1
     dtype, exact = matmul_dtype(q, k, v), accumulation_dtype(q, k, v)
-    blocks = cut(T, B * H, dtype, q.device)
-    all_masks = list(masks(segments, blocks, dtype, q.device))
+    ones = normalize * (2 if dtype.itemsize == 2 else 1)
+    blocks = cut(T, B * H, dtype, exact, q.device)
+    all_masks = list(masks(segments, blocks, q.device))
     E = _first_state(state, (B, H, K, V + normalize), exact, q.device)
-    starts = _states(k, v, E, blocks, all_masks, dtype)
+    if ones > 1:
+        E = torch.cat([E, E[..., V:]], -1)
+    starts = _states(k, v, E, blocks, all_masks)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if grad_y is None:
         grad_y = torch.zeros_like(y)
     R = _first_state(grad_state, (B, H, K, V + normalize), exact, q.device)
+    R = torch.nn.functional.pad(R, (0, ones - normalize))
     for block, mask, before in zip(
         reversed(blocks), reversed(all_masks), reversed(starts), strict=True
     ):
-        q_b, k_b = load(q, block, dtype), load(k, block, dtype)
-        v_b = load(v, block, dtype, ones=normalize)
-        g_b = _output_gradient(grad_y, y, sums, segments, block).to(dtype)
+        q_b, k_b = load(q, block, block.dtype), load(k, block, block.dtype)
+        v_b = load(v, block, block.dtype, ones=ones)
+        g_b = _output_gradient(grad_y, y, sums, segments, block, ones)
         if scale != 1:
             q_b.mul_(scale)
         g_reads = mask.apply(g_b, mask.reads)
         after, R = _suffix(R, torch.bmm(q_b.mT, g_reads), mask, block.chunks)
-        after = after.to(dtype)
+        after = after.to(block.dtype)
         dA = mask.apply_within_(torch.bmm(g_b, v_b.mT))
         dq_b = torch.baddbmm(torch.bmm(dA, k_b), g_reads, before.mT)
         if scale != 1:
@@ -116,7 +124,10 @@ def backward(
         dv_b = torch.bmm(A.mT, g_b[..., :V])
         k_writes = mask.apply(k_b, mask.writes)
         store(torch.baddbmm(dv_b, k_writes, after[..., :V]), block, dv)
-    return dq, dk, dv, R.clone()
+    R = R.clone()
+    if ones > 1:
+        R = torch.cat([R[..., :V], R[..., V:].sum(-1, keepdim=True)], -1)
+    return dq, dk, dv, R
 
 
 def _first_state(
@@ -154,32 +165,37 @@ def _suffix(R: Tensor, updates: Tensor, mask: Masks, chunks: int) -> tuple[Tenso
 
 
 def _states(
-    k: Tensor, v: Tensor, E: Tensor, blocks: list[Block], all_masks: list[Masks], dtype: torch.dtype
+    k: Tensor, v: Tensor, E: Tensor, blocks: list[Block], all_masks: list[Masks]
 ) -> list[Tensor]:
     """The states before every chunk, from E before the first: (n*B*H, K, W) per block."""
-    normalize = E.shape[3] > v.shape[3]
+    ones = E.shape[3] - v.shape[3]
     states = []
     for block, mask in zip(blocks, all_masks, strict=True):
-        k_b, v_b = load(k, block, dtype), load(v, block, dtype, ones=normalize)
+        k_b, v_b = load(k, block, block.dtype), load(v, block, block.dtype, ones=ones)
         updates = torch.bmm(k_b.mT, mask.apply(v_b, mask.writes))
         before, E = _prefix(E, updates, mask, block.chunks)
-        states.append(before.to(dtype))
+        states.append(before.to(block.dtype))
     return states
 
 
 def _output_gradient(
-    grad_y: Tensor, y: Tensor, sums: Tensor, segments: Tensor | None, block: Block
+    grad_y: Tensor,
+    y: Tensor,
+    sums: Tensor,
+    segments: Tensor | None,
+    block: Block,
+    ones: int,
 ) -> Tensor:
-    """Gradient of the unnormalised output and, last, of the sum of weights: (n*B*H, C, W)."""
-    g = load(grad_y, block, sums.dtype, ones=sums.shape[3] == 1)
-    if sums.shape[3] == 0:
-        return g
+    """Gradient of the unnormalised output and, behind it, of the sum of weights: (n*B*H, C, .)."""
+    if not ones:
+        return load(grad_y, block, block.dtype)
     weight = load(sums, block, sums.dtype)
     if segments is not None:
         padding = (block.view(segments) < 0)[:, :, None, :, None]  # (n, B, 1, C, 1)
         n, B = padding.shape[:2]
         weight.view(n, B, -1, *weight.shape[1:]).masked_fill_(padding, 1)
-    V = y.shape[3]
-    g[..., :V].div_(weight)
-    g[..., V] = torch.linalg.vecdot(g[..., :V], load(y, block, sums.dtype)).neg_()
-    return g
+    g = load(grad_y, block, sums.dtype).div_(weight).to(block.dtype)
+    of_sum = torch.linalg.vecdot(g.to(sums.dtype), load(y, block, sums.dtype)).neg_()[..., None]
+    first = of_sum.to(block.dtype)
+    rest = [(of_sum - first).to(block.dtype)] if ones > 1 else []
+    return torch.cat([g, first, *rest], -1)

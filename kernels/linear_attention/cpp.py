@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.linear_attention.flops import CHUNK
 from kernels.native import DTYPES, fields, readable, stored_dtype
-from kernels.precision import accumulation_dtype, has_amx, outside_autocast
+from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.segments import restarts
 from kernels.ssd import cpp as ssd
 
@@ -67,11 +67,6 @@ def steps(
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def chunks_pay(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether chunks in C++ are the faster form: not where 16-bit products have AMX's tiles."""
-    return not (has_amx() and all(x.dtype.itemsize == 2 for x in (q, k, v)))
 
 
 @outside_autocast

@@ -7,6 +7,7 @@ torch.compile. B batch, T time, H heads, K features, X the width that a feature 
 
 import ctypes
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation
-from kernels.linear_attention import cpp
+from kernels.linear_attention import cpp, tiles
 from kernels.linear_attention.features import MapName, features, fits_tiles, num_features
 from kernels.linear_attention.flops import (
     linear_attention_backward_flops,
@@ -50,7 +51,7 @@ def linear_attention_op(
 
     Args:
         form: "chunked" or "triton", the module of this package that does the chunks; "cpp"; or
-            "auto": C++ where kernels.native.library_for can build it, chunks if that pays.
+            "auto": C++ where kernels.native.library_for can build it.
     """
     S, z = initial_state or (None, None)
     few = q.shape[1] <= (MOST_STEPS if segments is None and form != "triton" else 1)
@@ -100,10 +101,16 @@ def _option(feature_map: str | None) -> dict[str, str]:
     return {} if feature_map is None else {"feature_map": feature_map}
 
 
-def _library_of_chunks(form: str, q: Tensor, k: Tensor, v: Tensor) -> ctypes.CDLL | None:
-    if form == "auto" and not cpp.chunks_pay(q, k, v):
-        return None
-    return library_for("linear_attention", cpp.CHUNKS, form, q.device)
+def _chunks_in_cpp(
+    form: str, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[ModuleType, ctypes.CDLL] | None:
+    """The module that does chunks in C++ and its library; None where `form` is another."""
+    if tiles.serve(q, k, v):
+        library = library_for("linear_attention", tiles.SOURCE, form, q.device)
+        if library is not None and tiles.in_hardware(library):
+            return tiles, library
+    library = library_for("linear_attention", cpp.CHUNKS, form, q.device)
+    return None if library is None else (cpp, library)
 
 
 @custom_op("seqmix::linear_attention", mutates_args=())
@@ -119,9 +126,9 @@ def _chunked(
     form: str = "chunked",
     feature_map: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    library = _library_of_chunks(form, q, k, v)
-    if library is not None:
-        return cpp.forward(library, q, k, v, state, segments, scale, normalize, eps)
+    if (found := _chunks_in_cpp(form, q, k, v)) is not None:
+        module, library = found
+        return module.forward(library, q, k, v, state, segments, scale, normalize, eps)
     forward = implementation(__package__, form, "chunked").forward
     return forward(q, k, v, state, segments, scale, normalize, eps, **_option(feature_map))
 
@@ -163,9 +170,10 @@ def _backward(
     form: str = "chunked",
     feature_map: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    library = _library_of_chunks(form, q, k, v)
-    if library is not None:
-        return cpp.backward(library, grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
+    if (found := _chunks_in_cpp(form, q, k, v)) is not None:
+        module, library = found
+        given = (grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
+        return module.backward(library, *given)
     backward = implementation(__package__, form, "chunked").backward
     options = _option(feature_map)
     return backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale, **options)

@@ -14,12 +14,6 @@
 
 #include "products.h"
 
-// A tensor (batch, time, heads or groups, width), the numbers of a token side by side.
-struct Tokens {
-  void* data;
-  int64_t batch, time;
-};
-
 // Laid out as in cpp.py. x, z, B, C, their gradients and y are of one dtype, all else is contiguous
 // and in the dtype of sums. Null is what is not given.
 extern "C" struct Problem {

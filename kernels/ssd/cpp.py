@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.native import fields, stored_dtype
+from kernels.native import Tokens, fields, stored_dtype
 from kernels.ssd.chunked import Gradients
 from kernels.ssd.spans import Arguments
 
@@ -19,23 +19,16 @@ _MOST_HEADS = 4  # of a block: the products of B and C are made once for all of 
 _BLOCKS = 8  # that there should be in all, to keep some threads busy
 
 
-class _Tokens(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        *fields(ctypes.c_int64, "batch", "time"),
-    )
-
-
 class _Problem(ctypes.Structure):
     _fields_ = (
         *fields(ctypes.c_int64, "batch", "length", "heads", "groups", "width", "states"),
         *fields(ctypes.c_int64, "chunk", "block", "dtype", "threads"),
         *fields(ctypes.c_int64, "normalize", "state_down", "state_along"),
         *fields(ctypes.c_double, "scale", "eps"),
-        *fields(_Tokens, "x", "z", "B", "C", "y"),
+        *fields(Tokens, "x", "z", "B", "C", "y"),
         *fields(ctypes.c_void_p, "dt", "log_decay", "D", "initial", "documents", "last", "kept"),
         *fields(ctypes.c_void_p, "sums"),
-        *fields(_Tokens, "grad_y", "dx", "dz"),
+        *fields(Tokens, "grad_y", "dx", "dz"),
         *fields(ctypes.c_void_p, "grad_last", "d_dt", "d_log_decay", "d_initial"),
         *fields(ctypes.c_void_p, "parts_D", "parts_B", "parts_C"),
     )
@@ -116,10 +109,7 @@ class Call(native.Call):
 
     def tokens(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor (B, L, heads or groups, width) in the dtype of x."""
-        tensor = tensor.to(self.stored)
-        if tensor.stride()[2:] != (tensor.shape[3], 1):
-            tensor = tensor.contiguous()
-        return self.describe(name, tensor, _Tokens(tensor.data_ptr(), *tensor.stride()[:2]))
+        return self.point_tokens(name, tensor, self.stored)
 
     def new_tokens(self, name: str, *shape: int) -> Tensor:
         """Room for a result (B, L, heads, width)."""

@@ -25,7 +25,6 @@ from kernels.linear_attention import (
     linear_attention_flops,
     num_features,
 )
-from kernels.native import has_compiler
 from tests.kernels.compare import (
     CPP,
     TOLERANCE,
@@ -45,6 +44,7 @@ FORMS = pytest.mark.parametrize("backend", ["torch", CPP])
 blocks = import_module("kernels.linear_attention.blocks")
 cpp = import_module("kernels.linear_attention.cpp")
 chunked = import_module("kernels.linear_attention.chunked")
+tiles = import_module("kernels.linear_attention.tiles")
 
 
 def inputs(T: int, B=3, H=2, K=5, V=3, dtype=torch.float64) -> list[Tensor]:
@@ -108,16 +108,64 @@ def test_cpp_repeats_to_the_bit_with_any_number_of_threads(normalize):
     assert_repeats_with_any_number_of_threads(run)
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_auto_leaves_16_bit_chunks_to_torch_where_there_is_amx(monkeypatch, amx):
-    monkeypatch.setattr(cpp, "has_amx", lambda: amx)
-    q, k, v = (x.requires_grad_() for x in inputs(70, dtype=torch.float32)[:3])
-    low = [x.bfloat16() for x in (q, k, v)]
-    both = [linear_attention(*low, backend=backend) for backend in ("torch", "auto")]
-    assert torch.equal(*both) or not amx
-    if has_compiler():
-        for x in ([q, k, v], *([] if amx else [low])):
-            assert torch.equal(linear_attention(*x), linear_attention(*x, backend="cpp"))
+@pytest.fixture(params=["vectors", "tiles"])
+def products(request, monkeypatch) -> None:
+    """How C++ multiplies bfloat16, whatever the CPU: without AMX what tiles do is imitated."""
+    monkeypatch.setattr(tiles, "has_amx", lambda: request.param == "tiles")
+    if request.param == "tiles":
+        precision.has_amx()  # asks for the registers
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [None, "packed", "padded"])
+@pytest.mark.parametrize("widths", [(5, 3), (64, 64), (130, 1), (33, 48), (3, 47)])
+def test_bfloat16_in_cpp(products, widths, kind):
+    """Inputs of any strides; every length around pairs of tiles; a document in many chunks."""
+    for T in (1, 16, 31, 33, CHUNK, CHUNK + 1, 4 * CHUNK + 40):
+        segments = documents(3, T, kind)
+        valid = None if segments is None else segments >= 0
+
+        for normalize, count in ((True, 5), (False, 5), (True, 3)):
+
+            def form(backend, q, k, v, *state, segments=segments, normalize=normalize):
+                q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
+                options = {"segments": segments, "backend": backend, "scale": 0.5}
+                return flat(q, k, v, *state, normalize=normalize, **options)
+
+            given = inputs(T, 3, 2, *widths)[:count]
+            assert_forms_agree(form, given, torch.bfloat16, valid, "cpp")
+
+
+@needs_compiler
+@pytest.mark.parametrize("normalize", [True, False])
+def test_bfloat16_in_cpp_repeats_to_the_bit_with_any_number_of_threads(products, normalize):
+    given = [x.bfloat16().requires_grad_() for x in inputs(300, 2, 4, 32, 32)[:3]]
+
+    def run() -> list[Tensor]:
+        outputs = flat(*given, normalize=normalize, backend="cpp")
+        loss = sum(y.square().sum() for y in outputs)
+        return [*outputs, *torch.autograd.grad(loss, given)]
+
+    assert_repeats_with_any_number_of_threads(run)
+
+
+@needs_compiler
+def test_products_with_the_future_may_overflow_in_cpp(products):
+    """Within a chunk every query meets every key; those behind it are no part of its output."""
+    q, k, v = (x.bfloat16() for x in inputs(CHUNK, 1, 1, 32, 32)[:3])
+    expected = linear_attention(q, k, v, backend="cpp")
+    k[:, CHUNK // 2 :] = 1e30
+    q[:, 0] = 1e30
+    y = linear_attention(q, k, v, backend="cpp")
+    assert torch.equal(y[:, 1 : CHUNK // 2], expected[:, 1 : CHUNK // 2])
+    assert_close("y", y[:, 0], v[:, 0], TOLERANCE[torch.bfloat16])
+
+
+@needs_compiler
+def test_auto_is_cpp_with_tiles_or_without(products):
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.requires_grad_() for x in inputs(70, dtype=dtype)[:3])
+        assert torch.equal(linear_attention(q, k, v), linear_attention(q, k, v, backend="cpp"))
 
 
 @pytest.mark.parametrize("kind", [None, "padded"])
