@@ -191,6 +191,28 @@ inline Whole narrow(Vec<float> first, Vec<float> second) {
 #endif
 }
 
+// Numbers that lie side by side, anywhere in memory, as a vector.
+template <class T, class S>
+inline Vec<T> read_vector(const S* from) {
+  if constexpr (std::is_same_v<S, T>) return *reinterpret_cast<const Loose<T>*>(from);
+  else if constexpr (std::is_same_v<T, float> && std::is_same_v<S, bf16>)
+    return widen(*reinterpret_cast<const Half*>(from));
+  else {
+    Vec<T> x;
+    for (int i = 0; i < WIDTH<T>; ++i) x[i] = convert<T>(from[i]);
+    return x;
+  }
+}
+
+template <class T, class S>
+inline void write_vector(Vec<T> x, S* to) {
+  if constexpr (std::is_same_v<S, T>) *reinterpret_cast<Loose<T>*>(to) = x;
+  else if constexpr (std::is_same_v<T, float> && std::is_same_v<S, bf16>)
+    *reinterpret_cast<Half*>(to) = narrow(x);
+  else
+    for (int i = 0; i < WIDTH<T>; ++i) to[i] = convert<S>(x[i]);
+}
+
 // first, first + 1, ..., lane by lane.
 template <class T>
 inline typename Simd<T>::I counting_from(int64_t first) {

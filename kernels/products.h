@@ -70,9 +70,7 @@ template <class T, class S>
 inline void load_row(const S* from, int64_t width, Vec<T>* to, T scale = 1) {
   T* out = reinterpret_cast<T*>(to);
   int64_t i = 0;
-  if constexpr (std::is_same_v<S, bf16>)
-    for (; i + WIDTH<T> <= width; i += WIDTH<T>)
-      to[i / WIDTH<T>] = widen(*reinterpret_cast<const Half*>(from + i)) * scale;
+  for (; i + WIDTH<T> <= width; i += WIDTH<T>) to[i / WIDTH<T>] = read_vector<T>(from + i) * scale;
   for (; i < width; ++i) out[i] = convert<T>(from[i]) * scale;
   for (i = width; i < vectors_of<T>(width) * WIDTH<T>; ++i) out[i] = 0;
 }
@@ -81,9 +79,7 @@ template <class T, class S>
 inline void store_row(const Vec<T>* from, int64_t width, S* to, T scale = 1) {
   const T* in = reinterpret_cast<const T*>(from);
   int64_t i = 0;
-  if constexpr (std::is_same_v<S, bf16>)
-    for (; i + WIDTH<T> <= width; i += WIDTH<T>)
-      *reinterpret_cast<Half*>(to + i) = narrow(from[i / WIDTH<T>] * scale);
+  for (; i + WIDTH<T> <= width; i += WIDTH<T>) write_vector<T>(from[i / WIDTH<T>] * scale, to + i);
   for (; i < width; ++i) to[i] = convert<S>(in[i] * scale);
 }
 

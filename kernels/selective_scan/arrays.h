@@ -29,20 +29,17 @@ void load_from(const Array& array, const Piece& at, T* out, int64_t pitch) {
   const S* p = address<const S>(array, at);
   int t = 0;
   if (at.rows == W && array.row == 1) {
-    for (; t < at.steps; ++t)
-      for (int i = 0; i < W; ++i) out[t * pitch + i] = convert<T>(p[t * array.time + i]);
+    for (; t < at.steps; ++t) write_vector<T>(read_vector<T>(p + t * array.time), out + t * pitch);
   } else if (at.rows == W && array.time == 1) {
     for (; t + W <= at.steps; t += W) {
       Vec<T> square[W];
       for (int i = 0; i < W; ++i) {
-        alignas(64) T row[W];
         const S* from = p + i * array.row + t;
-        for (int j = 0; j < W; ++j) row[j] = convert<T>(from[j]);
+        square[i] = read_vector<T>(from);
         __builtin_prefetch(from + at.steps);  // rows are far apart: no prefetcher sees the next
-        std::memcpy(&square[i], row, 64);
       }
       transpose<T>(square);
-      for (int j = 0; j < W; ++j) std::memcpy(out + (t + j) * pitch, &square[j], 64);
+      for (int j = 0; j < W; ++j) write_vector<T>(square[j], out + (t + j) * pitch);
     }
   }
   for (; t < at.steps; ++t)
@@ -57,18 +54,13 @@ void store_to(const Array& array, const Piece& at, const Vec<T>* in, int64_t pit
   S* p = address<S>(array, at);
   int t = 0;
   if (at.rows == W && array.row == 1) {
-    for (; t < at.steps; ++t)
-      for (int i = 0; i < W; ++i) p[t * array.time + i] = convert<S>(in[t * pitch][i]);
+    for (; t < at.steps; ++t) write_vector<T>(in[t * pitch], p + t * array.time);
   } else if (at.rows == W && array.time == 1) {
     for (; t + W <= at.steps; t += W) {
       Vec<T> square[W];
       for (int j = 0; j < W; ++j) square[j] = in[(t + j) * pitch];
       transpose<T>(square);
-      for (int i = 0; i < W; ++i) {
-        alignas(64) T row[W];
-        std::memcpy(row, &square[i], 64);
-        for (int j = 0; j < W; ++j) p[i * array.row + t + j] = convert<S>(row[j]);
-      }
+      for (int i = 0; i < W; ++i) write_vector<T>(square[i], p + i * array.row + t);
     }
   }
   for (; t < at.steps; ++t)
