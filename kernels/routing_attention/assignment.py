@@ -26,14 +26,12 @@ def similarities(x: Tensor, centroids: Tensor) -> Tensor:
 
     Products are divided by the lengths, and not the vectors: there are fewer of them.
     """
-    (B, T, *_), dtype = x.shape, accumulation_dtype(x)
-    rows = x.to(dtype).flatten(0, 1).transpose(0, 1)  # (H, B * T, D), where they lie
-
-    def by_row(scores: Tensor) -> Tensor:
-        return scores.unflatten(-1, (B, T)).permute(2, 0, 1, 3)
-
-    products = by_row(torch.bmm(centroids.to(dtype), rows.mT))
-    lengths = by_row(torch.linalg.vector_norm(rows, dim=2).clamp_(min=EPS)[:, None])
+    (B, T, *_), x = x.shape, x.to(accumulation_dtype(x))
+    rows = x.flatten(0, 1).transpose(0, 1)  # (H, B * T, D), where they lie
+    products = torch.bmm(centroids.to(x.dtype), rows.mT)  # (H, K, B * T)
+    products = products.unflatten(-1, (B, T)).permute(2, 0, 1, 3)
+    lengths = torch.linalg.vector_norm(x, dim=3).clamp_(min=EPS)  # (B, T, H)
+    lengths = lengths.transpose(1, 2)[:, :, None]
     return torch.div(products, lengths, out=products.new_empty(products.shape))
 
 
