@@ -76,8 +76,9 @@ def linear_attention(
             output is finite and otherwise unspecified.
         feature_map: "hedgehog", "taylor" or "taylor_compressed", see features.features: of q and k,
             rounded to the dtype of v. Triton's kernels make the features of each tile as they load
-            it, so that none reach memory, for X up to 64; other forms, wider inputs and single
-            tokens have them made in front.
+            it, so that none reach memory, for X up to 64; so does "cpp" on a CPU with AMX, of
+            Hedgehog's map and bfloat16 v. Other forms, wider inputs and single tokens have them
+            made in front.
         backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch",
             "reference", or "auto": "triton" on a GPU, on a CPU "cpp" where there is a compiler,
             which multiplies bfloat16 in tiles where the CPU has AMX.

@@ -47,7 +47,8 @@ def linear_attention_op(
 ) -> tuple[Tensor, State | None]:
     """The chunked form, or single steps for a few tokens with no gradient to keep.
 
-    Triton's chunks make the features of their own tiles; every other form is given them.
+    Triton's chunks make the features of their own tiles, and so do C++'s of 16-bit values, of
+    Hedgehog's map; every other form is given them.
 
     Args:
         form: "chunked" or "triton", the module of this package that does the chunks; "cpp"; or
@@ -56,7 +57,7 @@ def linear_attention_op(
     S, z = initial_state or (None, None)
     few = q.shape[1] <= (MOST_STEPS if segments is None and form != "triton" else 1)
     few = few and not (torch.is_grad_enabled() and _any_requires_grad(q, k, v, S, z))
-    if feature_map is not None and (few or form != "triton" or not fits_tiles(q.shape[3])):
+    if feature_map is not None and (few or not _makes_features(form, q, k, v, feature_map)):
         q, k = (features(x, feature_map).to(v.dtype) for x in (q, k))
         feature_map = None
     if few:
@@ -97,20 +98,31 @@ def _key_sum(k: Tensor, z: Tensor | None, segments: Tensor | None, dtype: torch.
 
 
 def _option(feature_map: str | None) -> dict[str, str]:
-    """What a form is told of the map: only Triton's knows any."""
+    """What a form is told of the map: some know none."""
     return {} if feature_map is None else {"feature_map": feature_map}
 
 
+def _makes_features(form: str, q: Tensor, k: Tensor, v: Tensor, feature_map: MapName) -> bool:
+    """Whether the form makes the features of its own tiles."""
+    if form == "triton":
+        return fits_tiles(q.shape[3])
+    return tiles.serve(q, k, v, feature_map) and _has_tiles(form, q.device.type)
+
+
+@torch.compiler.assume_constant_result  # a compiler is there, or it is not
+def _has_tiles(form: str, device: str) -> bool:
+    library = library_for("linear_attention", tiles.SOURCE, form, torch.device(device))
+    return library is not None and tiles.in_hardware(library)
+
+
 def _chunks_in_cpp(
-    form: str, q: Tensor, k: Tensor, v: Tensor
+    form: str, q: Tensor, k: Tensor, v: Tensor, feature_map: str | None
 ) -> tuple[ModuleType, ctypes.CDLL] | None:
     """The module that does chunks in C++ and its library; None where `form` is another."""
-    if tiles.serve(q, k, v):
-        library = library_for("linear_attention", tiles.SOURCE, form, q.device)
-        if library is not None and tiles.in_hardware(library):
-            return tiles, library
-    library = library_for("linear_attention", cpp.CHUNKS, form, q.device)
-    return None if library is None else (cpp, library)
+    in_tiles = tiles.serve(q, k, v, feature_map) and _has_tiles(form, q.device.type)
+    module, source = (tiles, tiles.SOURCE) if in_tiles else (cpp, cpp.CHUNKS)
+    library = library_for("linear_attention", source, form, q.device)
+    return None if library is None else (module, library)
 
 
 @custom_op("seqmix::linear_attention", mutates_args=())
@@ -126,11 +138,12 @@ def _chunked(
     form: str = "chunked",
     feature_map: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if (found := _chunks_in_cpp(form, q, k, v)) is not None:
+    given = (q, k, v, state, segments, scale, normalize, eps)
+    options = _option(feature_map)
+    if (found := _chunks_in_cpp(form, q, k, v, feature_map)) is not None:
         module, library = found
-        return module.forward(library, q, k, v, state, segments, scale, normalize, eps)
-    forward = implementation(__package__, form, "chunked").forward
-    return forward(q, k, v, state, segments, scale, normalize, eps, **_option(feature_map))
+        return module.forward(library, *given, **options)
+    return implementation(__package__, form, "chunked").forward(*given, **options)
 
 
 @_chunked.register_fake
@@ -170,13 +183,12 @@ def _backward(
     form: str = "chunked",
     feature_map: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if (found := _chunks_in_cpp(form, q, k, v)) is not None:
-        module, library = found
-        given = (grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
-        return module.backward(library, *given)
-    backward = implementation(__package__, form, "chunked").backward
+    given = (grad_y, grad_state, q, k, v, state, segments, y, sums, scale)
     options = _option(feature_map)
-    return backward(grad_y, grad_state, q, k, v, state, segments, y, sums, scale, **options)
+    if (found := _chunks_in_cpp(form, q, k, v, feature_map)) is not None:
+        module, library = found
+        return module.backward(library, *given, **options)
+    return implementation(__package__, form, "chunked").backward(*given, **options)
 
 
 @_backward.register_fake

@@ -11,15 +11,20 @@
 // zero in the chunk's copy: first those of other documents than the state's before the chunk, which do
 // not read it, then those of other documents than the one that goes on behind the chunk.
 #include <algorithm>
+#include <limits>
 
 #include "tiles.h"
 
 constexpr int64_t CHUNK = 64;
 
-// Laid out as in tiles.py. Tokens are bf16; all else is contiguous, and numbers are float32 unless
-// said otherwise. Null is what is not given.
+constexpr float SMALLEST_FEATURE = 1e-12f;  // as in features.py
+
+// Laid out as in tiles.py. Tokens are bf16, but q, k and their gradients are float32 where features
+// are made of them; all else is contiguous, and numbers are float32 unless said otherwise. Null is
+// what is not given.
 extern "C" struct Problem {
   int64_t batch, length, heads, K, V, threads;
+  int64_t hedgehog;          // whether q and k, K / 2 wide, are made into their softmax and that of -q, -k
   int64_t normalize;         // whether weights are summed: W = V + 1
   double scale, eps;
   Tokens q, k, v, y;         // without y only the states are made
@@ -44,6 +49,8 @@ class Unit {
         W_(p.V + 2 * p.normalize),
         wide_(steps_of(W_)),
         deep_(steps_of(p.K)),
+        X_(p.hedgehog ? p.K / 2 : p.K),
+        half_(vectors_of<float>(X_)),
         q_(CHUNK, deep_),
         k_(CHUNK, deep_),
         v_(CHUNK, wide_),
@@ -56,7 +63,10 @@ class Unit {
         out_(CHUNK, 2 * std::max(wide_, deep_)),
         state_(deep_ * DEPTH, 2 * wide_),
         low_state_(deep_ * DEPTH, wide_),
-        pairs_state_(deep_ * TILE, 2 * wide_) {}
+        pairs_state_(deep_ * TILE, 2 * wide_),
+        exact_q_(1, 2 * half_),
+        exact_k_(1, 2 * half_),
+        room_(2, half_) {}
 
   void forward(int64_t unit) {
     choose(unit, CHUNK);
@@ -83,10 +93,11 @@ class Unit {
     Matrix g(CHUNK, wide_), pairs_g(CHUNK / 2, 2 * wide_), turned_g(wide_ * TILE, CHUNK / TILE);
     Matrix turned_q(deep_ * TILE, CHUNK / TILE), pairs_q(CHUNK / 2, 2 * deep_);
     Matrix turned_v(wide_ * TILE, CHUNK / TILE);
+    if (p_.hedgehog) exact_q_ = exact_k_ = Matrix(CHUNK, 2 * half_);
     Matrix before(deep_ * DEPTH, wide_), turned_state(wide_ * TILE, 2 * deep_);
     for (int64_t start = (p_.length - 1) / CHUNK * CHUNK; start >= 0; start -= CHUNK) {
       read_keys(start);
-      read(p_.q, p_.K, q_);
+      read_features(p_.q, q_, exact_q_);
       read_gradient(g);
       turn(q_, turned_q);
       turn(v_, turned_v);
@@ -114,7 +125,7 @@ class Unit {
       for (int64_t i = 0; i < pairs_; ++i)
         product(multiplier_, {{weights_, pairs_q, i, pairs_}, {v_, turned_state, 0, wide_}}, out_,
                 i * DEPTH, 2, 0, tiles_of(p_.K));
-      for (int64_t i = 0; i < size_; ++i) store(out_, i, p_.dk, p_.K);
+      store_features(p_.dk, exact_k_);
 
       // dQ = dA K + G E^T, with dA = G V^T.
       lower_squares(g, turned_v, wide_);
@@ -124,7 +135,7 @@ class Unit {
       for (int64_t i = 0; i < pairs_; ++i)
         product(multiplier_, {{weights_, pairs_k_, 0, i + 1}, {g, turned_state, 0, wide_}}, out_,
                 i * DEPTH, 2, 0, tiles_of(p_.K));
-      for (int64_t i = 0; i < size_; ++i) store(out_, i, p_.dq, p_.K);
+      store_features(p_.dq, exact_q_);
 
       // R <- R + Q^T G.
       if (first_ < size_) pair_rows(g, pairs_g);
@@ -148,8 +159,9 @@ class Unit {
     return p_.documents && start_ + i && p_.documents[token(i)] != p_.documents[token(i) - 1];
   }
   bool padding(int64_t i) const { return p_.padding && p_.padding[token(i)]; }
-  bf16* address(const Tokens& x, int64_t i, int64_t width) const {
-    return static_cast<bf16*>(x.data) + b_ * x.batch + (start_ + i) * x.time + h_ * width;
+  template <class T = bf16>
+  T* address(const Tokens& x, int64_t i, int64_t width) const {
+    return static_cast<T*>(x.data) + b_ * x.batch + (start_ + i) * x.time + h_ * width;
   }
   bf16* kept() const {
     const int64_t chunks = (p_.length + CHUNK - 1) / CHUNK;
@@ -169,10 +181,63 @@ class Unit {
     fetch<1>(to, i, width);
   }
   // Let row i of the next chunk come into the cache, to be read or to be written.
-  template <int WRITE>
+  template <int WRITE, class T = bf16>
   void fetch(const Tokens& x, int64_t i, int64_t width) const {
-    const bf16* row = address(x, i + ahead_, width);
-    for (int64_t j = 0; j < width; j += 32) __builtin_prefetch(row + j, WRITE, 2);
+    const T* row = address<T>(x, i + ahead_, width);
+    for (int64_t j = 0; j < width; j += 64 / sizeof(T)) __builtin_prefetch(row + j, WRITE, 2);
+  }
+
+  // Queries or keys as they are, or their features, which also stand in `exact`, half by half, as far
+  // as it has rows.
+  void read_features(const Tokens& x, Matrix& to, Matrix& exact) {
+    if (!p_.hedgehog) return read(x, p_.K, to);
+    for (int64_t i = 0; i < size_; ++i) {
+      const float* row = address<float>(x, i, X_);
+      fetch<0, float>(x, i, X_);
+      Vec<float>* halves = exact.row(i % exact.rows());
+      for (const int sign : {1, -1}) {
+        Vec<float>* half = halves + (sign < 0) * half_;
+        load_row<float>(row, X_, half, float(sign));
+        softmax(half);
+        store_row<float>(half, X_, to.numbers(i) + (sign < 0) * X_);
+      }
+    }
+    to.clear(size_, CHUNK);
+  }
+  void softmax(Vec<float>* x) const {
+    float* numbers = reinterpret_cast<float*>(x);
+    std::fill(numbers + X_, numbers + half_ * TILE, -std::numeric_limits<float>::infinity());
+    Vec<float> top = x[0], sum{};
+    for (int64_t j = 1; j < half_; ++j) top = x[j] > top ? x[j] : top;
+    const float most = lane_max<float>(top);
+    for (int64_t j = 0; j < half_; ++j) sum += x[j] = exp(x[j] - most);
+    const float share = 1 / lane_sum<float>(sum);
+    for (int64_t j = 0; j < half_; ++j) {
+      x[j] *= share;
+      x[j] = x[j] < SMALLEST_FEATURE ? all<Vec<float>>(SMALLEST_FEATURE) : x[j];
+    }
+  }
+
+  // From the gradients of features, in out_, to those of what they are made of.
+  void store_features(const Tokens& to, const Matrix& exact) {
+    for (int64_t i = 0; i < size_; ++i) {
+      if (!p_.hedgehog) {
+        store(out_, i, to, p_.K);
+        continue;
+      }
+      Vec<float>*grad = room_.row(0), *sum = room_.row(1);
+      std::fill_n(sum, half_, Vec<float>{});
+      for (const int sign : {1, -1}) {
+        const Vec<float>* feature = exact.row(i) + (sign < 0) * half_;
+        load_row<float>(out_.sums(i) + (sign < 0) * X_, X_, grad);
+        for (int64_t j = 0; j < half_; ++j)
+          grad[j] = feature[j] > SMALLEST_FEATURE ? grad[j] : Vec<float>{};
+        const float mean = inner_product<float>(feature, grad, half_);
+        for (int64_t j = 0; j < half_; ++j) sum[j] += feature[j] * (grad[j] - mean) * float(sign);
+      }
+      store_row<float>(sum, X_, address<float>(to, i, X_));
+      fetch<1, float>(to, i, X_);
+    }
   }
 
   // The chunk's keys and values, and which of its tokens are of one document.
@@ -180,7 +245,7 @@ class Unit {
     start_ = start;
     size_ = std::min(CHUNK, p_.length - start);
     pairs_ = steps_of(size_);
-    read(p_.k, p_.K, k_);
+    read_features(p_.k, k_, exact_k_);
     read(p_.v, p_.V, v_);
     for (int64_t i = 0; i < size_; ++i) {
       for (int64_t j = p_.V; j < W_; ++j) v_.numbers(i)[j] = convert<bf16>(1.f);
@@ -263,7 +328,7 @@ class Unit {
 
   // Y = A V + Q E, with A = Q K^T, then scaled, and divided by the sum of weights.
   void outputs() {
-    read(p_.q, p_.K, q_);
+    read_features(p_.q, q_, exact_q_);
     turn(k_, turned_k_);
     pair_rows(v_, pairs_v_);
     lower_squares(q_, turned_k_, deep_);
@@ -305,8 +370,10 @@ class Unit {
   const Multiplier& multiplier_;
   int64_t W_;                        // width of values and ones
   int64_t wide_, deep_;              // of these and of keys: steps of depth, vectors of numbers
+  int64_t X_, half_;                 // width of what features are made of, and its vectors of floats
   Matrix q_, k_, v_, turned_k_, pairs_k_, across_, pairs_v_, squares_, weights_, out_;
   Matrix state_, low_state_, pairs_state_;
+  Matrix exact_q_, exact_k_, room_;
   int64_t unit_ = 0, b_ = 0, h_ = 0;
   int64_t ahead_ = CHUNK;  // from one chunk to the next, whose numbers are fetched meanwhile
   int64_t start_ = 0, size_ = 0, pairs_ = 0;  // of the chunk; pairs of tiles

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.linear_attention.features import MapName, num_features
 from kernels.native import Tokens, fields
 from kernels.precision import has_amx
 from kernels.segments import restarts
@@ -20,7 +21,8 @@ _CHUNK, _DEPTH = 64, 32  # of tiles.cpp and tiles.h
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        *fields(ctypes.c_int64, "batch", "length", "heads", "K", "V", "threads", "normalize"),
+        *fields(ctypes.c_int64, "batch", "length", "heads", "K", "V", "threads", "hedgehog"),
+        *fields(ctypes.c_int64, "normalize"),
         *fields(ctypes.c_double, "scale", "eps"),
         *fields(Tokens, "q", "k", "v", "y"),
         *fields(ctypes.c_void_p, "documents", "padding", "initial", "last", "sums", "kept"),
@@ -29,9 +31,10 @@ class _Problem(ctypes.Structure):
     )
 
 
-def serve(*tensors: Tensor) -> bool:
-    """Whether this CPU has tiles for products of the tensors."""
-    return all(x.dtype == torch.bfloat16 for x in tensors) and has_amx()
+def serve(q: Tensor, k: Tensor, v: Tensor, feature_map: str | None) -> bool:
+    """Whether this CPU has tiles for the products, and the map is none or one that is made here."""
+    factors = {None: (q, k, v), "hedgehog": (v,)}.get(feature_map, ())
+    return bool(factors) and all(x.dtype == torch.bfloat16 for x in factors) and has_amx()
 
 
 def in_hardware(library: ctypes.CDLL) -> bool:
@@ -50,10 +53,12 @@ def forward(
     scale: float,
     normalize: bool,
     eps: float,
+    feature_map: MapName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As chunked.forward."""
-    (B, T, H, K), V = q.shape, v.shape[3]
-    call = _call(library, q, k, v, state, segments, scale, normalize, eps)
+    """As chunked.forward, of q and k or of the features that the map makes of them."""
+    (B, T, H, X), V = q.shape, v.shape[3]
+    K = num_features(X, feature_map)
+    call = _call(library, q, k, v, state, segments, scale, normalize, eps, feature_map)
     y = call.point_tokens("y", v.new_empty(B, T, H, V), v.dtype)
     last = call.room("last", (B, H, K, V + normalize), torch.float32)
     sums = call.room("sums", (B, T, H, int(normalize)), torch.float32)
@@ -77,11 +82,12 @@ def backward(
     y: Tensor,
     sums: Tensor,
     scale: float,
+    feature_map: MapName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As chunked.backward; the states in front of the chunks are made again."""
-    (B, T, H, K), V = q.shape, v.shape[3]
-    normalize = sums.shape[3] == 1
-    call = _call(library, q, k, v, state, segments, scale, normalize, 0)
+    (B, T, H, X), V = q.shape, v.shape[3]
+    K, normalize = num_features(X, feature_map), sums.shape[3] == 1
+    call = _call(library, q, k, v, state, segments, scale, normalize, 0, feature_map)
     padded = -(-(V + 2 * normalize) // _DEPTH) * _DEPTH
     call.room("kept", (B * H, -(-T // _CHUNK), K, padded), torch.bfloat16)
     call.run("forward")
@@ -93,13 +99,15 @@ def backward(
     call.point("sums", sums, torch.float32)
     if grad_state is not None:
         call.point("grad_last", grad_state, torch.float32)
-    grads = [
-        call.point_tokens(name, torch.empty(x.shape, dtype=x.dtype), x.dtype)
-        for name, x in (("dq", q), ("dk", k), ("dv", v))
-    ]
+    low = torch.bfloat16
+    of_rows = low if feature_map is None else torch.float32
+    dq, dk, dv = (
+        call.point_tokens(name, torch.empty(x.shape, dtype=dtype), dtype)
+        for name, x, dtype in (("dq", q, of_rows), ("dk", k, of_rows), ("dv", v, low))
+    )
     d_state = call.room("d_initial", (B, H, K, V + normalize), torch.float32)
     call.run("backward")
-    return *grads, d_state
+    return dq.to(q.dtype), dk.to(k.dtype), dv, d_state
 
 
 def _call(
@@ -112,15 +120,19 @@ def _call(
     scale: float,
     normalize: bool,
     eps: float,
+    feature_map: MapName | None,
 ) -> native.Call:
     """What both passes read."""
-    (B, T, H, K), V = q.shape, v.shape[3]
+    (B, T, H, X), V = q.shape, v.shape[3]
+    K = num_features(X, feature_map)
+    sizes = {"batch": B, "length": T, "heads": H, "K": K, "V": V}
     problem = _Problem(
-        batch=B, length=T, heads=H, K=K, V=V, normalize=normalize, scale=scale, eps=eps
+        **sizes, hedgehog=feature_map == "hedgehog", normalize=normalize, scale=scale, eps=eps
     )
     call = native.Call(library, problem, work=B * T * H * (K + V) * (_CHUNK + K))
-    for name, given in (("q", q), ("k", k), ("v", v)):
-        call.point_tokens(name, given, torch.bfloat16)
+    of_rows = torch.bfloat16 if feature_map is None else torch.float32
+    for name, given, dtype in (("q", q, of_rows), ("k", k, of_rows), ("v", v, torch.bfloat16)):
+        call.point_tokens(name, given, dtype)
     if state is not None:
         call.point("initial", state, torch.float32)
     if segments is not None:

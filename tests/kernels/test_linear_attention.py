@@ -113,7 +113,7 @@ def products(request, monkeypatch) -> None:
     """How C++ multiplies bfloat16, whatever the CPU: without AMX what tiles do is imitated."""
     monkeypatch.setattr(tiles, "has_amx", lambda: request.param == "tiles")
     if request.param == "tiles":
-        precision.has_amx()  # asks for the registers
+        precision.has_amx()  # asks for the registers, where there are any
 
 
 @needs_compiler
@@ -134,6 +134,52 @@ def test_bfloat16_in_cpp(products, widths, kind):
 
             given = inputs(T, 3, 2, *widths)[:count]
             assert_forms_agree(form, given, torch.bfloat16, valid, "cpp")
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [None, "padded"])
+@pytest.mark.parametrize("X", [1, 5, 16, 40, 64])
+def test_features_of_bfloat16_in_cpp(products, X, kind):
+    """Tiles make Hedgehog's themselves: of float32 queries and keys, as a layer has them."""
+    T = 2 * CHUNK + 9
+    q, k, v, *_ = inputs(T, 3, 2, X, 40)
+    state = inputs(T, 3, 2, 2 * X, 40)[3:]
+    segments = documents(3, T, kind)
+    valid = None if segments is None else segments >= 0
+    for wide in (torch.bfloat16, torch.float32):
+        for normalize in (True, False):
+
+            def form(backend, q, k, *rest, wide=wide, normalize=normalize):
+                if backend == "cpp":
+                    q, k = q.to(wide), k.to(wide)
+                options = {"segments": segments, "normalize": normalize, "backend": backend}
+                return flat(4 * q - 2, 4 * k - 2, *rest, feature_map="hedgehog", **options)
+
+            assert_forms_agree(form, [q, k, v, *state], torch.bfloat16, valid, "cpp")
+
+
+@needs_compiler
+def test_smallest_features_in_cpp(products):
+    """Of queries and keys whose features are one and zeros, at different places: only the least
+    value that a feature has keeps the weights from being zero, and nothing has a gradient."""
+    v = inputs(8, 1, 1, 4, 3)[2]
+    q, k = torch.zeros(2, 1, 8, 1, 16, dtype=torch.float64)
+    q[..., 0], q[..., 1], k[..., 2], k[..., 3] = 200, -200, 200, -200
+
+    def form(backend, *x):
+        return [linear_attention(*x, eps=0.0, feature_map="hedgehog", backend=backend)]
+
+    assert_forms_agree(form, [q, k, v], torch.bfloat16, None, "cpp")
+
+
+@needs_compiler
+def test_no_features_reach_memory_where_tiles_make_them(monkeypatch):
+    precision.has_amx()  # asks for the registers, where there are any
+    monkeypatch.setattr(tiles, "has_amx", lambda: True)
+    q, k, v, *_ = (x.float() for x in inputs(512, 1, 2, 64, 8))
+    with LargestTensor() as largest, torch.no_grad():
+        linear_attention(q, k, v.bfloat16(), feature_map="hedgehog", backend="cpp")
+    assert largest.numel < 512 * 2 * 128
 
 
 @needs_compiler
