@@ -19,11 +19,15 @@ __all__ = ["IGNORE", "linear_cross_entropy", "linear_nll"]
 
 _LOSS = {
     "triton": partial(linear_cross_entropy_op, form="triton"),
+    "auto": partial(linear_cross_entropy_op, form="auto"),
+    "cpp": partial(linear_cross_entropy_op, form="cpp"),
     "torch": linear_cross_entropy_op,
     "reference": linear_cross_entropy_reference,
 }
 _NLL = {
     "triton": partial(linear_nll_op, form="triton"),
+    "auto": partial(linear_nll_op, form="auto"),
+    "cpp": partial(linear_nll_op, form="cpp"),
     "torch": linear_nll_op,
     "reference": linear_nll_reference,
 }
@@ -48,7 +52,9 @@ def linear_cross_entropy(
         weight: (V, D), the head's matrix.
         targets: int (...), in [0, V), or -100 where no loss is asked for.
         chunk: tokens whose logits are held at once; None chooses.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "triton", "cpp" (on the CPU; compiled on first use, see kernels.native), "torch",
+            "reference" (all logits at once), or "auto": "triton" on a GPU, on a CPU "cpp" where it
+            can be built, else "torch".
 
     Returns:
         The loss, a float32 scalar (float64 for float64 inputs); 0 with zero gradients when every
@@ -56,7 +62,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes or dtypes do not fit, a target outside [0, V), or `chunk` below 1.
-        BackendError: no such backend.
+        BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
     _check("linear_cross_entropy", x, weight, targets, chunk)
     form = choose("linear_cross_entropy", backend, _LOSS, x.device, accumulation_dtype(x, weight))

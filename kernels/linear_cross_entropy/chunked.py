@@ -5,17 +5,20 @@ logits are there: they cost two products and no second pass. N tokens, n of them
 D model width, V vocabulary, c tokens in a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import implementation
+from kernels.linear_cross_entropy import cpp
 from kernels.linear_cross_entropy.reference import IGNORE
+from kernels.native import library_for
 from kernels.precision import accumulation_dtype, outside_autocast
 
-# Logits held at once: 16 MiB of float32. Larger blocks leave glibc's heap and fault at every use.
-_LOGITS = 1 << 22
+# Of the logits held at once. Blocks of 32 MiB leave glibc's heap and fault at every use.
+_BYTES = 1 << 24
 _LEAST_CHUNK = 32  # tokens; fewer would read the whole head for little work
 
 
@@ -40,9 +43,19 @@ def softmax_rows(
     return losses, gradient.scatter_add_(1, targets, torch.full_like(sums, -share))
 
 
-def _chunks(n: int, weight: Tensor, chunk: int | None) -> Iterator[slice]:
-    """Slices of the n tokens whose logits are held at once."""
-    size = chunk or max(_LEAST_CHUNK, _LOGITS // len(weight))
+def _softmax_of(
+    form: str, device: torch.device, dtype: torch.dtype, exact: torch.dtype
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], int]:
+    """The softmax_rows of `form`, and how many logits in `dtype` to give it at once."""
+    library = library_for("linear_cross_entropy", cpp.SOURCE, form, device)
+    if library is not None:  # makes no copy in `exact`
+        return partial(cpp.softmax_rows, library), _BYTES // dtype.itemsize
+    return implementation(__package__, form, "chunked").softmax_rows, _BYTES // exact.itemsize
+
+
+def _chunks(n: int, vocabulary: int, chunk: int | None, most: int) -> Iterator[slice]:
+    """Slices of the n tokens whose logits, by default up to `most`, are held at once."""
+    size = chunk or max(_LEAST_CHUNK, most // vocabulary)
     return (slice(start, start + size) for start in range(0, n, size))
 
 
@@ -79,16 +92,20 @@ def loss_and_gradients(
 
     Args:
         dtype: of the products.
-        form: the module of this package whose softmax_rows is taken, "chunked" or "triton".
+        form: the module of this package whose softmax_rows is taken, "chunked" or "triton"; "cpp";
+            or "auto", see kernels.native.library_for, and "chunked" where that is not C++.
+
+    Raises:
+        BackendError: see kernels.native.library_for.
     """
     exact = accumulation_dtype(x, weight)
     kept = with_target(targets, len(weight))
     loss = torch.zeros((), dtype=exact, device=x.device)
     dx = torch.zeros_like(x) if wants_dx else x.new_empty(0)
     dw = torch.zeros_like(weight, dtype=exact) if wants_dw else weight.new_empty(0, dtype=exact)
-    softmax = implementation(__package__, form).softmax_rows
+    softmax, most = _softmax_of(form, x.device, dtype, exact)
     x_kept, w, share = x[kept].to(dtype), weight.to(dtype), 1 / max(1, len(kept))
-    for rows in _chunks(len(kept), weight, chunk):
+    for rows in _chunks(len(kept), len(weight), chunk, most):
         x_c, targets_c = x_kept[rows], targets[kept[rows]]
         wanted = share if wants_dx or wants_dw else None
         losses, d_logits = softmax(x_c @ w.T, targets_c, exact, wanted)
@@ -116,8 +133,8 @@ def nll(
     exact = accumulation_dtype(x, weight)
     kept = with_target(targets, len(weight))
     losses = torch.zeros(len(x), dtype=exact, device=x.device)
-    softmax = implementation(__package__, form).softmax_rows
+    softmax, most = _softmax_of(form, x.device, dtype, exact)
     x_kept, w = x[kept].to(dtype), weight.to(dtype)
-    for rows in _chunks(len(kept), weight, chunk):
+    for rows in _chunks(len(kept), len(weight), chunk, most):
         losses[kept[rows]], _ = softmax(x_kept[rows] @ w.T, targets[kept[rows]], exact, None)
     return losses
