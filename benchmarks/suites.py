@@ -24,7 +24,7 @@ def _bars() -> list[Plan]:
     return [
         low(op="linear_attention", lengths=[8192], peers=[SDPA, FLA]),
         low(op="linear_attention_normalized", lengths=[8192], peers=[SDPA]),
-        full(op="selective_scan", lengths=[512, 4096], peers=["mambapy pscan"]),
+        full(op="selective_scan", lengths=[512, 4096], peers=["mambapy pscan"], patience=20.0),
         low(op="ssd", lengths=[2048], peers=[FLA, SDPA]),
         full(op="ssd", lengths=[2048], peers=[FLA, SDPA]),
         low(op="routing_attention_topw", lengths=[2048], peers=["routing-transformer"]),
