@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.dispatch import implementation
+from kernels.dispatch import dispatched, implementation
 from kernels.linear_attention import cpp, tiles
 from kernels.linear_attention.features import MapName, features, fits_tiles, num_features
 from kernels.linear_attention.flops import (
@@ -62,10 +62,9 @@ def linear_attention_op(
         feature_map = None
     if few:
         padding = None if segments is None else segments < 0
-        y, S, z = torch.ops.seqmix.linear_attention_steps(
-            q, k, v, S, z, padding, scale, normalize, eps,
-            _STEPS[form],
-        )  # fmt: skip
+        through = dispatched(q, k, v, S, z, padding)
+        steps = torch.ops.seqmix.linear_attention_steps if through else _steps
+        y, S, z = steps(q, k, v, S, z, padding, scale, normalize, eps, _STEPS[form])
         return y, (S, z)
     state = S
     if normalize and S is not None and z is not None:
