@@ -6,6 +6,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import maybe_current_level
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.launch import why_not_triton
@@ -72,8 +74,8 @@ def dispatched(*tensors: Tensor | None) -> bool:
     """
     return (
         observed()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._autograd._profiler_enabled()
+        or maybe_current_level() is not None
+        or _profiler_enabled()
         or not {type(x) for x in tensors} <= _PLAIN
     )
 
