@@ -204,6 +204,7 @@ class Block {
   // x where column j <= i, else 0: what stands there comes from the future and may be anything.
   static Vec<T> upto(int64_t i, int64_t v, Vec<T> x) {
     using I = typename Simd<T>::I;
+    if ((v + 1) * W <= i + 1) return x;
     return counting_from<T>(0) <= all<I>(i - v * W) ? x : Vec<T>{};
   }
 
@@ -368,17 +369,17 @@ class Block {
     T later = over_chunk;  // and of all that reads at or after a step
     std::fill(sums_.begin(), sums_.end(), Vec<T>{});
     for (int64_t i = size_ - 1; i >= 0; --i) {
-      T within = 0;
+      Vec<T> within{};
       for (int64_t v = 0; v * W <= i; ++v) {
         const int64_t at = i * Qv_ + v;
         const Vec<T> slope = upto(i, v, slopes_[at] * decay_[at]);
         d_squares_[at] += slope;
         if (!p_.d_log_decay) continue;
         sums_[v] += upto(i, v, slope * squares_[at]);  // of the steps from i on, by what they read
-        within += lane_sum<T>(upto(i - 1, v, sums_[v]));
+        within += upto(i - 1, v, sums_[v]);
       }
       later += reads[i];
-      finish(r, i, later + (i ? writes[i - 1] : 0) + within);
+      finish(r, i, later + (i ? writes[i - 1] : 0) + lane_sum<T>(within));
     }
   }
 
