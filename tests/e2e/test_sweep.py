@@ -145,7 +145,7 @@ def _process_of(folder: Path, sweep: subprocess.Popen, number: int) -> int:
 
 @pytest.mark.slow
 def test_two_sweeps_in_one_folder(tmp_path):
-    first = sweep(tmp_path, "seed=0,1", "trainer.max_steps=400")
+    first = sweep(tmp_path, "seed=0,1", "trainer.max_steps=100000")
     deadline = time.monotonic() + 60
     while not points(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
