@@ -112,7 +112,7 @@ def test_a_trial_that_fails_is_told_and_not_tried_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_what_was_under_way_goes_on(tmp_path, how):
-    told = ("space={trainer.max_steps: [1500]}", "trials=1")
+    told = ("space={trainer.max_steps: [600]}", "trials=1")
     process = search(tmp_path, *told, overrides=(*TINY, "trainer.checkpoint_every=20"))
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/checkpoints/step*")) and time.monotonic() < deadline:
@@ -127,7 +127,7 @@ def test_what_was_under_way_goes_on(tmp_path, how):
     assert code == 0, output
     assert [each["status"] for each in trials(tmp_path)] == ["fail", "complete"]
     steps = [int(row["step"]) for row in RunFolder.open(folder).metrics()]
-    assert steps == list(range(1, 1501)), "every step once"
+    assert steps == list(range(1, 601)), "every step once"
 
 
 @pytest.mark.slow
