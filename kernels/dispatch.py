@@ -5,14 +5,10 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
-from torch import Tensor
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import maybe_current_level
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.launch import why_not_triton
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 BACKENDS = ("auto", "reference", "torch", "triton", "cpp")
 
 
@@ -64,20 +60,6 @@ def observed() -> bool:
     Where none does, a few tokens are faster in plain torch than through an operator's own layer.
     """
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-
-
-def dispatched(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through torch's dispatcher: somebody observes it (or profiles it),
-    one of functorch's transforms is on, or a tensor is of a subclass.
-
-    A decoding step takes a third of its time on that way.
-    """
-    return (
-        observed()
-        or maybe_current_level() is not None
-        or _profiler_enabled()
-        or not {type(x) for x in tensors} <= _PLAIN
-    )
 
 
 def implementation(package: str | None, form: str, auto: str = "") -> ModuleType:

@@ -1,8 +1,10 @@
-"""C++ forms of operators: compiled on first use, kept on disk, called through ctypes.
+"""C++ forms of operators: compiled on first use and kept on disk.
 
-A library is built by one compiler call from the .cpp file of an operator's folder and stays in
-torch's folder of extensions (TORCH_EXTENSIONS_DIR, by default under ~/.cache), under a name that
-follows from its sources, the compiler, its flags, the version of torch and the processor.
+A library knows nothing of torch and Python and is called through ctypes; an extension is a module
+of Python whose functions take tensors, for calls so short that ctypes would cost more than they do.
+Either is built by one compiler call from the .cpp file of an operator's folder and stays in torch's
+folder of extensions (TORCH_EXTENSIONS_DIR, by default under ~/.cache), under a name that follows
+from its sources, the compiler, its flags, the versions of torch and Python and the processor.
 SEQMIX_NO_CPP=1 switches all of this off; CXX names the compiler (by default c++).
 """
 
@@ -13,10 +15,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
 import torch
 from filelock import FileLock
@@ -29,7 +35,11 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 SHARED = Path(__file__).parent  # headers for several operators
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that C++ reads, in the order of lanes.h
 SECONDS = 300  # that a compiler may take, or another process that compiles the same
+HEADERS = ("include", "include/torch/csrc/api/include")  # of torch, for an extension
+LIBRARIES = ("torch_python", "torch", "torch_cpu", "c10")  # that torch has loaded
 ONE_THREAD = 1 << 20  # multiply-adds, about, from which on a second thread is worth its start
+
+extensions: dict[Path, ModuleType] = {}  # that this process has loaded, by their sources
 
 
 def switched_off() -> bool:
@@ -50,9 +60,12 @@ def library(source: Path) -> ctypes.CDLL:
     Raises:
         BackendError: switched off, no compiler, or the compiler failed; the message is one line.
     """
-    if switched_off():
-        raise BackendError(f"backend='cpp' is switched off by {SWITCH}={os.environ[SWITCH]}")
-    return _library(source)
+    return _switched_on(_library, source)
+
+
+def extension(source: Path) -> ModuleType:
+    """As `library`, an extension: the module that PyInit_<the stem of `source`> makes."""
+    return _switched_on(_extension, source)
 
 
 def library_for(operator: str, source: Path, form: str, device: torch.device) -> ctypes.CDLL | None:
@@ -65,11 +78,14 @@ def library_for(operator: str, source: Path, form: str, device: torch.device) ->
     Raises:
         BackendError: see `library_on`, for "cpp".
     """
-    if form == "cpp":
-        return library_on(operator, source, device)
-    if form != "auto" or device.type != "cpu" or switched_off():
-        return None
-    return library_or_none(source)
+    return _built_for(_library, operator, source, form, device)
+
+
+def extension_for(
+    operator: str, source: Path, form: str, device: torch.device
+) -> ModuleType | None:
+    """As `library_for`, an extension."""
+    return _built_for(_extension, operator, source, form, device)
 
 
 def library_on(operator: str, source: Path, device: torch.device) -> ctypes.CDLL:
@@ -78,18 +94,43 @@ def library_on(operator: str, source: Path, device: torch.device) -> ctypes.CDLL
     Raises:
         BackendError: they are not on the CPU, or see `library`.
     """
+    return _built_on(_library, operator, source, device)
+
+
+Built = TypeVar("Built", ctypes.CDLL, ModuleType)
+
+
+def _built_for(
+    build: Callable[[Path], Built], operator: str, source: Path, form: str, device: torch.device
+) -> Built | None:
+    if form == "cpp":
+        return _built_on(build, operator, source, device)
+    if form != "auto" or device.type != "cpu" or switched_off():
+        return None
+    return _built_or_none(build, source)
+
+
+def _built_on(
+    build: Callable[[Path], Built], operator: str, source: Path, device: torch.device
+) -> Built:
     if device.type != "cpu":
         raise BackendError(
             f"backend='cpp' for {operator}: its tensors are on {device.type}, not on the cpu"
         )
-    return library(source)
+    return _switched_on(build, source)
+
+
+def _switched_on(build: Callable[[Path], Built], source: Path) -> Built:
+    if switched_off():
+        raise BackendError(f"backend='cpp' is switched off by {SWITCH}={os.environ[SWITCH]}")
+    return build(source)
 
 
 @cache
-def library_or_none(source: Path) -> ctypes.CDLL | None:
-    """`library`, or None and one warning per process where it cannot be built."""
+def _built_or_none(build: Callable[[Path], Built], source: Path) -> Built | None:
+    """None, and one warning per process, where it cannot be built."""
     try:
-        return _library(source)
+        return build(source)
     except BackendError as error:
         warnings.warn(f"the slower PyTorch form runs instead: {error}", stacklevel=2)
         return None
@@ -169,6 +210,35 @@ def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _library(source: Path) -> ctypes.CDLL:
+    target = _build(source)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise BackendError(f"backend='cpp': {target} does not load: {error}") from error
+
+
+def _extension(source: Path) -> ModuleType:
+    if source not in extensions:
+        target = _build(source, *_of_torch_and_python())
+        loader = ExtensionFileLoader(source.stem, str(target))
+        spec = ModuleSpec(source.stem, loader, origin=str(target))
+        try:
+            extensions[source] = loader.create_module(spec)
+        except ImportError as error:
+            raise BackendError(f"backend='cpp': {target} does not load: {error}") from error
+    return extensions[source]
+
+
+def _of_torch_and_python() -> list[str]:
+    """What the compiler is told of the headers and libraries that an extension needs."""
+    root = Path(torch.__file__).parent
+    headers = [str(root / folder) for folder in HEADERS] + [sysconfig.get_path("include")]
+    system = [f"-isystem{folder}" for folder in headers]  # warns of nothing in them
+    return [*system, f"-L{root / 'lib'}", *(f"-l{name}" for name in LIBRARIES)]
+
+
+def _build(source: Path, *options: str) -> Path:
+    """Where the shared object of `source` lies, made where it is not there yet."""
     compiler = _compiler()
     if compiler is None:
         raise BackendError(
@@ -179,21 +249,18 @@ def _library(source: Path) -> ctypes.CDLL:
     if not target.exists():
         with FileLock(target.with_suffix(".lock"), timeout=SECONDS):
             if not target.exists():
-                _compile(compiler, source, target)
-    try:
-        return ctypes.CDLL(str(target))
-    except OSError as error:
-        raise BackendError(f"backend='cpp': {target} does not load: {error}") from error
+                _compile(compiler, source, target, options)
+    return target
 
 
 def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
+def _compile(compiler: str, source: Path, target: Path, options: Sequence[str]) -> None:
     print(f"compiling {source.name} once, some seconds, into {target}", file=sys.stderr, flush=True)
     unfinished = target.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, f"-I{SHARED}", str(source), "-o", str(unfinished)]
+    command = [compiler, *FLAGS, f"-I{SHARED}", str(source), "-o", str(unfinished), *options]
     english = os.environ | {"LC_ALL": "C"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=english)
@@ -224,7 +291,8 @@ def _fingerprint(source: Path, compiler: str) -> str:
     digest = hashlib.sha256()
     for path in (*sorted(SHARED.glob("*.h")), *sorted(source.parent.glob("*.h")), source):
         digest.update(path.read_bytes())
-    facts = (*FLAGS, os.path.realpath(compiler), torch.__version__, platform.machine(), _cpu())
+    compiled = (*FLAGS, os.path.realpath(compiler), torch.__version__, sys.version)
+    facts = (*compiled, platform.machine(), _cpu())
     digest.update("\n".join(facts).encode())
     return digest.hexdigest()[:16]
 

@@ -14,7 +14,7 @@ from kernels.linear_attention.features import (
     num_features,
 )
 from kernels.linear_attention.flops import CHUNK, linear_attention_flops
-from kernels.linear_attention.op import linear_attention_op
+from kernels.linear_attention.op import linear_attention_op, step_at_once
 from kernels.linear_attention.reference import State, linear_attention_reference
 from kernels.precision import accumulation_dtype
 
@@ -91,6 +91,11 @@ def linear_attention(
         ValueError: shapes or dtypes do not fit, T = 0, or an unknown map.
         BackendError: no such backend, or "cpp" without a compiler or off the CPU.
     """
+    plain = segments is None and feature_map is None and backend in ("auto", "cpp")
+    if plain and initial_state is not None:
+        step = step_at_once(q, k, v, initial_state, scale, normalize, eps)
+        if step is not None:
+            return step if return_state else step[0]
     check_map(feature_map)
     _check(q, k, v, initial_state, segments, feature_map)
     form = choose("linear_attention", backend, _FORMS, q.device, accumulation_dtype(q, k, v))

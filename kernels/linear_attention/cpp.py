@@ -11,62 +11,13 @@ import torch
 from torch import Tensor
 
 from kernels.linear_attention.flops import CHUNK
-from kernels.native import DTYPES, fields, readable, stored_dtype
+from kernels.native import stored_dtype
 from kernels.precision import accumulation_dtype, outside_autocast
 from kernels.segments import restarts
 from kernels.ssd import cpp as ssd
 
 CHUNKS = ssd.SOURCE
 SOURCE = Path(__file__).with_name("step.cpp")
-ONE_THREAD = 1 << 18  # numbers in the state from which on a second thread is worth its start
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = (
-        *fields(ctypes.c_int64, "batch", "length", "heads", "K", "V", "dtype", "normalize"),
-        *fields(ctypes.c_int64, "threads"),
-        *fields(ctypes.c_double, "scale", "eps"),
-        *fields(ctypes.c_void_p, "q", "k", "v", "S", "z", "padding", "y", "S_after", "z_after"),
-    )
-
-
-def steps(
-    library: ctypes.CDLL,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    S: Tensor | None,
-    z: Tensor | None,
-    padding: Tensor | None,
-    scale: float,
-    normalize: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As step.steps."""
-    (B, T, H, K), V = q.shape, v.shape[3]
-    exact = accumulation_dtype(q, k, v)
-    stored = stored_dtype(exact, q, k, v)
-    q, k, values = readable(q, stored), readable(k, stored), readable(v, stored)
-    if S is not None and z is not None:
-        S, z = readable(S, exact), readable(z, exact)
-        S_after, z_after = torch.empty_like(S), torch.empty_like(z)
-    else:
-        S_after, z_after = q.new_empty(B, H, K, V, dtype=exact), q.new_empty(B, H, K, dtype=exact)
-    if padding is not None:
-        padding = padding.contiguous()
-    y = torch.empty_like(values)
-    threads = 1 if S_after.numel() < ONE_THREAD else torch.get_num_threads()
-    problem = _Problem(
-        B, T, H, K, V, DTYPES.index(stored), normalize, threads, scale, eps,
-        q.data_ptr(), k.data_ptr(), values.data_ptr(), _address(S), _address(z), _address(padding),
-        y.data_ptr(), S_after.data_ptr(), z_after.data_ptr(),
-    )  # fmt: skip
-    library.steps(ctypes.byref(problem))
-    return y if stored == v.dtype else y.to(v.dtype), S_after, z_after
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 @outside_autocast

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.dispatch import dispatched, implementation
+from kernels.dispatch import implementation
 from kernels.linear_attention import cpp, tiles
 from kernels.linear_attention.features import MapName, features, fits_tiles, num_features
 from kernels.linear_attention.flops import (
@@ -24,7 +24,7 @@ from kernels.linear_attention.flops import (
 )
 from kernels.linear_attention.reference import State
 from kernels.linear_attention.step import MOST_STEPS
-from kernels.native import library_for
+from kernels.native import extension_for, extensions, library_for
 from kernels.precision import accumulation_dtype
 from kernels.segments import first_document, last_document
 
@@ -62,9 +62,9 @@ def linear_attention_op(
         feature_map = None
     if few:
         padding = None if segments is None else segments < 0
-        through = dispatched(q, k, v, S, z, padding)
-        steps = torch.ops.seqmix.linear_attention_steps if through else _steps
-        y, S, z = steps(q, k, v, S, z, padding, scale, normalize, eps, _STEPS[form])
+        y, S, z = torch.ops.seqmix.linear_attention_steps(
+            q, k, v, S, z, padding, scale, normalize, eps, _STEPS[form]
+        )
         return y, (S, z)
     state = S
     if normalize and S is not None and z is not None:
@@ -77,6 +77,21 @@ def linear_attention_op(
         return y, (state[..., :V].contiguous(), state[..., V].contiguous())
     keys = k if feature_map is None else features(k, feature_map).to(v.dtype)
     return y, (state, _key_sum(keys, z, segments, state.dtype))
+
+
+def step_at_once(
+    q: Tensor, k: Tensor, v: Tensor, state: State, scale: float, normalize: bool, eps: float
+) -> tuple[Tensor, State] | None:
+    """One token behind a state in C++, past every check and torch's dispatcher.
+
+    A decoding step is over sooner than those are. None wherever they are needed: for what does not
+    fit together, another device, a gradient, a subclass or transform of tensors, a mode, a profiler
+    or a compiler that looks on, and until linear_attention_op has loaded the extension.
+    """
+    extension = extensions.get(cpp.SOURCE)
+    if extension is None or torch.compiler.is_compiling():
+        return None
+    return extension.step(q, k, v, state, scale, normalize, eps)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -231,7 +246,7 @@ def _differentiate(
 
 _chunked.register_autograd(_differentiate, setup_context=_save)
 
-# Registered by hand: custom_op's own layer would cost half as much as a step.
+# Registered by hand: custom_op's own layer takes longer than a step in C++.
 _library = torch.library.Library("seqmix", "FRAGMENT")
 _library.define(
     "linear_attention_steps(Tensor q, Tensor k, Tensor v, Tensor? S, Tensor? z, Tensor? padding, "
@@ -251,11 +266,9 @@ def _steps(
     eps: float,
     form: str = "step",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    library = library_for("linear_attention", cpp.SOURCE, form, q.device)
-    if library is not None:
-        return cpp.steps(library, q, k, v, S, z, padding, scale, normalize, eps)
-    steps = implementation(__package__, form, "step").steps
-    return steps(q, k, v, S, z, padding, scale, normalize, eps)
+    extension = extension_for("linear_attention", cpp.SOURCE, form, q.device)
+    module = implementation(__package__, form, "step") if extension is None else extension
+    return module.steps(q, k, v, S, z, padding, scale, normalize, eps)
 
 
 _library.impl("linear_attention_steps", _steps, "CompositeExplicitAutograd")

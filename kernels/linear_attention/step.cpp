@@ -1,14 +1,22 @@
 // A few tokens of linear attention, one after another: the state is read once and written once for
 // each. The equations are those of step.py.
+//
+// An extension, as a step on a small state takes less time than a call from Python to a library.
+#include "tensors.h"
+
+#include <ATen/Parallel.h>
+
 #include <cstddef>
 #include <vector>
 
-#include "lanes.h"
+// From so many numbers in the state on a second thread is worth its start.
+constexpr int64_t ONE_THREAD = 1 << 18;
 
-// Laid out as in cpp.py. q, k (batch, length, heads, K), v, y (batch, length, heads, V) and padding
-// (batch, length) are contiguous; the states are in the dtype of sums. Null is what is not given.
-extern "C" struct Problem {
-  int64_t batch, length, heads, K, V, dtype, normalize, threads;
+// q, k (batch, length, heads, K), v, y (batch, length, heads, V) and padding (batch, length) are
+// contiguous; the states are in the dtype of sums. Null is what is not given.
+struct Problem {
+  int64_t batch, length, heads, K, V;
+  bool normalize;
   double scale, eps;
   const void *q, *k, *v, *S, *z;
   const bool* padding;
@@ -96,7 +104,8 @@ class Steps {
 
 template <class T, class In>
 void all_heads(const Problem& p) {
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  const bool many = p.batch * p.heads * p.K * p.V >= ONE_THREAD;
+#pragma omp parallel num_threads(at::get_num_threads()) if (many)
   {
     Steps<T, In> steps(p);
 #pragma omp for schedule(static)
@@ -104,6 +113,86 @@ void all_heads(const Problem& p) {
   }
 }
 
-extern "C" void steps(const Problem* p) {
-  with_dtype(p->dtype, [&](auto sum, auto x) { all_heads<decltype(sum), decltype(x)>(*p); });
+struct Result {
+  at::Tensor y, S, z;
+};
+
+using Optional = std::optional<at::Tensor>;
+
+const void* address(const Optional& x) { return x ? x->const_data_ptr() : nullptr; }
+
+// y, S and z of contiguous tensors: q, k and v of one dtype, S and z of the dtype of sums.
+Result steps_of(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& S,
+    const Optional& z, const Optional& padding, double scale, bool normalize, double eps, Dtype dtype) {
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3), V = v.size(3);
+  const auto sums = at::TensorOptions(dtype == FLOAT64 ? at::kDouble : at::kFloat);
+  Result after{
+      at::empty({B, T, H, V}, v.options()), at::empty({B, H, K, V}, sums), at::empty({B, H, K}, sums)};
+  const Problem problem{
+      B, T, H, K, V, normalize, scale, eps,
+      q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), address(S), address(z),
+      static_cast<const bool*>(address(padding)),
+      after.y.data_ptr(), after.S.data_ptr(), after.z.data_ptr()};
+  const WithoutPython others_run;
+  with_dtype(dtype, [&](auto sum, auto x) { all_heads<decltype(sum), decltype(x)>(problem); });
+  return after;
 }
+
+Optional optional(PyObject* object) {
+  return object == Py_None ? Optional{} : THPVariable_Unpack(object);
+}
+
+// steps(q, k, v, S, z, padding, scale, normalize, eps) -> (y, S, z), of whatever tensors.
+PyObject* steps(PyObject*, PyObject* const* given, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const at::Tensor& v = THPVariable_Unpack(given[2]);
+  const at::Tensor* tokens[] = {&THPVariable_Unpack(given[0]), &THPVariable_Unpack(given[1]), &v};
+  bool same = true, wide = false;
+  for (const at::Tensor* x : tokens) {
+    same = same && x->scalar_type() == v.scalar_type();
+    wide = wide || x->scalar_type() == at::kDouble;
+  }
+  const Dtype sums = wide ? FLOAT64 : FLOAT32, stored = same ? dtype_of(v).value_or(sums) : sums;
+  Optional others[] = {optional(given[3]), optional(given[4]), optional(given[5])};
+  for (int i = 0; i < 2; ++i)
+    if (others[i]) others[i] = readable(*others[i], sums);
+  if (others[2]) others[2] = others[2]->contiguous();
+  const Result after = steps_of(
+      readable(*tokens[0], stored), readable(*tokens[1], stored), readable(v, stored), others[0],
+      others[1], others[2], PyFloat_AsDouble(given[6]), given[7] == Py_True,
+      PyFloat_AsDouble(given[8]), stored);
+  return Py_BuildValue(
+      "NNN", THPVariable_Wrap(after.y.to(v.scalar_type())), THPVariable_Wrap(after.S),
+      THPVariable_Wrap(after.z));
+  END_HANDLE_TH_ERRORS
+}
+
+// step(q, k, v, (S, z), scale, normalize, eps) -> (y, (S, z)), of one token; or None where
+// anything is out of the ordinary and the call has to go the long way, with its checks.
+PyObject* step(PyObject*, PyObject* const* given, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  PyObject* state = given[3];
+  if (!PyTuple_Check(state) || PyTuple_GET_SIZE(state) != 2 || !alone()) Py_RETURN_NONE;
+  const at::Tensor *q = plain(given[0]), *k = plain(given[1]), *v = plain(given[2]);
+  const at::Tensor *S = plain(PyTuple_GET_ITEM(state, 0)), *z = plain(PyTuple_GET_ITEM(state, 1));
+  if (!q || !k || !v || !S || !z || q->dim() != 4 || v->dim() != 4) Py_RETURN_NONE;
+  const std::optional<Dtype> dtype = dtype_of(*v);
+  const auto sums = dtype == FLOAT64 ? at::kDouble : at::kFloat;
+  const int64_t B = q->size(0), H = q->size(2), K = q->size(3), V = v->size(3);
+  const bool fits = dtype && q->scalar_type() == v->scalar_type() &&
+                    k->scalar_type() == v->scalar_type() && S->scalar_type() == sums &&
+                    z->scalar_type() == sums && q->size(1) == 1 && k->sizes() == q->sizes() &&
+                    v->sizes() == at::IntArrayRef({B, 1, H, V}) &&
+                    S->sizes() == at::IntArrayRef({B, H, K, V}) &&
+                    z->sizes() == at::IntArrayRef({B, H, K});
+  if (!fits) Py_RETURN_NONE;
+  const Result after = steps_of(
+      *q, *k, *v, *S, *z, {}, PyFloat_AsDouble(given[4]), given[5] == Py_True,
+      PyFloat_AsDouble(given[6]), *dtype);
+  return Py_BuildValue(
+      "N(NN)", THPVariable_Wrap(after.y), THPVariable_Wrap(after.S), THPVariable_Wrap(after.z));
+  END_HANDLE_TH_ERRORS
+}
+
+EXTENSION(step, FUNCTION(steps), FUNCTION(step))

@@ -30,7 +30,7 @@ def steps(
     """
     (B, T, H, K), V = q.shape, v.shape[3]
     exact = accumulation_dtype(q, k, v)
-    q, k, v = q.to(exact), k.to(exact), v.to(exact)
+    q, k, values = q.to(exact), k.to(exact), v.to(exact)
     if scale != 1:
         q = q * scale
     if padding is not None:
@@ -42,7 +42,7 @@ def steps(
     outputs = []
     for t in range(T):
         q_t, k_t = q[:, t], k[:, t]
-        S, z = torch.addcmul(S, k_t[..., None], v[:, t, :, None]), z + k_t
+        S, z = torch.addcmul(S, k_t[..., None], values[:, t, :, None]), z + k_t
         out = torch.bmm(q_t.reshape(B * H, 1, K), S.view(B * H, K, V)).view(B, H, V)
         if normalize:
             out /= torch.linalg.vecdot(q_t, z).add_(eps)[..., None]

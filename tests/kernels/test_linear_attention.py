@@ -487,6 +487,26 @@ def test_steps_in_cpp(K, V, dtype):
                     assert_close("a step", got, wanted, tolerance)
 
 
+@needs_compiler
+def test_steps_in_cpp_of_any_tensors():
+    """Dtypes that differ, padding that is not contiguous: as in torch."""
+    q, k, v, S, z = inputs(1)
+    steps = torch.ops.seqmix.linear_attention_steps
+    padding = torch.tensor([[False, True, True], [True, False, False], [False] * 3])[:, :1]
+    for given in (
+        (q.float(), k.bfloat16(), v.float()),
+        (q.float(), k.float(), v.bfloat16()),
+        (q.bfloat16(), k.float(), v.half()),
+        (q.float(), k, v.bfloat16()),
+    ):
+        expected = steps(*given, S, z, padding, 0.5, True, 0.1, "step")
+        got = steps(*given, S, z, padding, 0.5, True, 0.1, "cpp")
+        assert got[0].dtype is given[2].dtype
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype is b.dtype
+            torch.testing.assert_close(a, b)
+
+
 def test_operators_keep_torchs_rules():
     q, k, v, S, z = (x[:2] for x in inputs(5, K=2, V=2))
     E = torch.cat([S, z[..., None]], -1)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import BackendError, selective_scan
-from kernels.native import library, library_on
+from kernels import BackendError, linear_attention, selective_scan
+from kernels.linear_attention import cpp as steps
+from kernels.native import extension, library, library_on
 from kernels.selective_scan import cpp
 from tests.kernels.compare import needs_compiler
 
@@ -97,3 +98,45 @@ def test_a_compiler_error_is_one_line(tmp_path, monkeypatch):
         library(source)
     assert "\n" not in str(failure.value)
     assert not list((tmp_path / "seqmix").glob("*.so*"))
+
+
+EXTENSION = """
+#include "tensors.h"
+PyObject* size(PyObject*, PyObject* const* given, Py_ssize_t) {
+  return PyLong_FromLong(THPVariable_Unpack(given[0]).numel());
+}
+EXTENSION(extent, FUNCTION(size))
+"""
+
+
+@needs_compiler
+def test_an_extension_is_a_module_that_takes_tensors(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    source = tmp_path / "extent.cpp"
+    source.write_text(EXTENSION, encoding="utf-8")
+    assert extension(source).size(torch.ones(2, 3)) == 6
+    assert extension(source) is extension(source)
+    assert capfd.readouterr().err.count("compiling extent.cpp once") == 1
+    misnamed = tmp_path / "other.cpp"
+    misnamed.write_text(EXTENSION, encoding="utf-8")
+    with pytest.raises(BackendError, match=r"does not load: .*PyInit_other") as failure:
+        extension(misnamed)
+    assert "\n" not in str(failure.value)
+
+
+@needs_compiler
+def test_without_pythons_headers_steps_are_torchs(tmp_path, monkeypatch):
+    """As on a system that keeps them in a package of their own."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(steps, "SOURCE", tmp_path / "step.cpp")
+    steps.SOURCE.write_text('#include "no/Python.h"\n', encoding="utf-8")
+    q, state = torch.ones(1, 1, 2, 4), (torch.ones(1, 2, 4, 4), torch.ones(1, 2, 4))
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="the slower PyTorch form runs instead: .*no/Python.h"):
+            first = linear_attention(q, q, q, initial_state=state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(linear_attention(q, q, q, initial_state=state), first)
+        assert torch.equal(linear_attention(q, q, q, initial_state=state, backend="torch"), first)
+        with pytest.raises(BackendError, match=r"fails on step\.cpp: .*no/Python.h"):
+            linear_attention(q, q, q, initial_state=state, backend="cpp")
