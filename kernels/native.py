@@ -141,6 +141,14 @@ def fields(kind: type, *names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names]
 
 
+def in_hardware(library: ctypes.CDLL) -> bool:
+    """Whether a library multiplies in AMX's tiles (tiles.h), as far as the CPU has them.
+
+    Its compiler may know none, and what it does in their place is slower than vectors.
+    """
+    return bool(library.in_hardware()) or not torch.cpu._is_amx_tile_supported()
+
+
 class Tokens(ctypes.Structure):
     """A tensor (B, T, heads, width), the numbers of a token side by side: steps in numbers."""
 

@@ -17,6 +17,17 @@ constexpr int DEPTH = 32;  // products that one step adds to each sum
 constexpr int64_t tiles_of(int64_t size) { return (size + TILE - 1) / TILE; }
 constexpr int64_t steps_of(int64_t depth) { return (depth + DEPTH - 1) / DEPTH; }
 
+// Rows of whole vectors, somewhere in a matrix.
+template <class V>
+struct Rows {
+  V* data;
+  int64_t vectors;  // from one row to the next
+
+  V* row(int64_t i) const { return data + i * vectors; }
+};
+using Source = Rows<const Vec<float>>;
+using Target = Rows<Vec<float>>;
+
 // Rows of whole vectors. A vector holds 32 bf16 numbers, or 16 pairs of them, or 16 floats.
 class Matrix {
  public:
@@ -28,6 +39,11 @@ class Matrix {
   const bf16* numbers(int64_t i) const { return reinterpret_cast<const bf16*>(row(i)); }
   float* sums(int64_t i) { return reinterpret_cast<float*>(row(i)); }
   const float* sums(int64_t i) const { return reinterpret_cast<const float*>(row(i)); }
+  // From a row and a vector on.
+  Source from(int64_t row, int64_t vector = 0) const { return {this->row(row) + vector, vectors_}; }
+  Target into(int64_t row, int64_t vector = 0) { return {this->row(row) + vector, vectors_}; }
+  operator Source() const { return from(0); }
+  operator Target() { return into(0); }
   int64_t vectors() const { return vectors_; }
   int64_t rows() const { return static_cast<int64_t>(data_.size()) / vectors_; }
   void clear(int64_t from, int64_t to) {
@@ -42,7 +58,7 @@ class Matrix {
 // Two factors: a's rows hold numbers, b's rows hold the pairs of two successive rows. Of the depth
 // that they share, the steps from `first` up to `last` are summed.
 struct Factors {
-  const Matrix &a, &b;
+  Source a, b;
   int64_t first, last;
 };
 
@@ -60,6 +76,13 @@ inline void pair_rows(const Matrix& from, Matrix& to) {
   }
 }
 
+// Two vectors of floats, rounded, as pairs.
+inline Vec<float> paired(Vec<float> first, Vec<float> second) {
+  using Word [[gnu::vector_size(64)]] = uint32_t;
+  const Word low = __builtin_convertvector(narrow(first), Word);
+  return reinterpret_cast<Vec<float>>(low | __builtin_convertvector(narrow(second), Word) << 16);
+}
+
 // The transpose in words of 32 bits: of rows of numbers it makes pairs of the columns, and of paired
 // rows the rows that were the columns before.
 inline void turn(const Matrix& from, Matrix& to) {
@@ -71,7 +94,8 @@ inline void turn(const Matrix& from, Matrix& to) {
 class Multiplier {
  public:
   Multiplier() {
-    struct {
+    // Static: GCC knows of the instruction that it reads eight bytes, and leaves the others unwritten.
+    static const struct {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
@@ -84,9 +108,10 @@ class Multiplier {
 
   // c's R x V tiles from a row and a tile's column on = the sum of all factors, or added to them.
   template <int R, int V, int N>
-  void block(const Factors (&all)[N], Matrix& c, int64_t row, int64_t column, bool add) const {
-    const int64_t pitch = c.vectors() * 64;
-    float *upper = c.sums(row) + column * TILE, *lower = upper + TILE * c.vectors() * 16;
+  void block(const Factors (&all)[N], Target c, int64_t row, int64_t column, bool add) const {
+    const int64_t pitch = c.vectors * 64;
+    float* upper = reinterpret_cast<float*>(c.row(row) + column);
+    float* lower = upper + TILE * c.vectors * 16;
     if (add) {
       _tile_loadd(0, upper, pitch);
       if constexpr (V > 1) _tile_loadd(1, upper + TILE, pitch);
@@ -99,7 +124,7 @@ class Multiplier {
       if constexpr (R > 1 && V > 1) _tile_zero(3);
     }
     for (const Factors& each : all) {
-      const int64_t a_pitch = each.a.vectors() * 64, b_pitch = each.b.vectors() * 64;
+      const int64_t a_pitch = each.a.vectors * 64, b_pitch = each.b.vectors * 64;
       for (int64_t step = each.first; step < each.last; ++step) {
         const Vec<float>* b = each.b.row(step * TILE) + column;
         _tile_loadd(4, each.a.row(row) + step, a_pitch);
@@ -126,7 +151,7 @@ class Multiplier {
 class Multiplier {
  public:
   template <int R, int V, int N>
-  void block(const Factors (&all)[N], Matrix& c, int64_t row, int64_t column, bool add) const {
+  void block(const Factors (&all)[N], Target c, int64_t row, int64_t column, bool add) const {
     for (int64_t i = row; i < row + R * TILE; ++i)
       for (int64_t v = column; v < column + V; ++v) {
         Vec<float> sum = add ? c.row(i)[v] : Vec<float>{};
@@ -135,7 +160,7 @@ class Multiplier {
             const auto pairs = reinterpret_cast<Simd<float>::I>(each.b.row(k)[v]);
             const Vec<float> first = reinterpret_cast<Vec<float>>(pairs << 16);
             const Vec<float> second = reinterpret_cast<Vec<float>>(pairs & -65536);
-            const bf16* a = each.a.numbers(i) + 2 * k;
+            const bf16* a = reinterpret_cast<const bf16*>(each.a.row(i)) + 2 * k;
             sum += convert<float>(a[0]) * first;
             sum += convert<float>(a[1]) * second;
           }
@@ -148,7 +173,7 @@ class Multiplier {
 // c's rows of tiles from `row` on and its columns of tiles from `column` on = the sum of the factors,
 // whose a's have the same rows; or added to what c holds.
 template <int N>
-void product(const Multiplier& multiplier, const Factors (&all)[N], Matrix& c, int64_t row,
+void product(const Multiplier& multiplier, const Factors (&all)[N], Target c, int64_t row,
              int64_t rows, int64_t column, int64_t columns, bool add = false) {
   for (int64_t i = 0; i < rows; i += 2)
     for (int64_t j = 0; j < columns; j += 2) {
@@ -159,4 +184,13 @@ void product(const Multiplier& multiplier, const Factors (&all)[N], Matrix& c, i
       else if (wide) multiplier.block<1, 2>(all, c, at, to, add);
       else multiplier.block<1, 1>(all, c, at, to, add);
     }
+}
+
+// Whether products are AMX's.
+extern "C" int64_t in_hardware() {
+#ifdef __AMX_BF16__
+  return 1;
+#else
+  return 0;
+#endif
 }

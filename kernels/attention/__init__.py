@@ -1,9 +1,11 @@
 """Softmax attention: full, sliding-window, grouped-query, with documents and caches."""
 
+from functools import partial
+
 from torch import Tensor
 
 from kernels.attention.flops import attention_flops
-from kernels.attention.op import attention_op
+from kernels.attention.op import attention_auto, attention_op
 from kernels.attention.reference import attention_reference
 from kernels.attention.sdpa import attention_torch
 from kernels.checks import check_floating, check_not_empty, check_segments, check_shape
@@ -14,6 +16,8 @@ __all__ = ["attention", "attention_flops"]
 
 _FORMS = {
     "triton": attention_op,
+    "auto": attention_auto,
+    "cpp": partial(attention_op, form="cpp"),
     "torch": attention_torch,
     "reference": attention_reference,
 }
@@ -47,14 +51,16 @@ def attention(
         segments: int (B, S) document numbers of the keys' positions, the last T of them the
             queries', non-decreasing over the valid positions; a query sees its own document only.
             -1 is padding: seen by no valid query, its own output finite and otherwise unspecified.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "triton", "cpp" (on the CPU, of bfloat16; compiled on first use, see
+            kernels.native), "torch", "reference", or "auto": "triton" on a GPU, on a CPU with AMX
+            "cpp" for bfloat16 where there is a compiler, else "torch".
 
     Returns:
         (B, T, H, D) in the dtype of q.
 
     Raises:
         ValueError: shapes or dtypes do not fit, T = 0, or `window` without `causal`.
-        BackendError: no such backend.
+        BackendError: no such backend, or "cpp" of another dtype, without a compiler or off the CPU.
     """
     _check(q, k, v, causal, window, segments)
     form = choose("attention", backend, _FORMS, q.device, accumulation_dtype(q, k, v))

@@ -1,4 +1,4 @@
-"""The Triton form as torch operators: seqmix::attention and its gradient.
+"""The Triton and the C++ form as torch operators: seqmix::attention and its gradient.
 
 The torch form needs none: torch differentiates and counts its own attention. Beside the output the
 operator has each query's l, the log of its sum of exponentials, which can be differentiated, and
@@ -14,10 +14,15 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.attention import cpp
 from kernels.attention.flops import attention_flops
-from kernels.dispatch import implementation
+from kernels.attention.sdpa import attention_torch
+from kernels.dispatch import BackendError, implementation
+from kernels.native import in_hardware, library_for
+from kernels.precision import has_amx
 
 Shape = Sequence[int]
+_LEAST_QUERIES = 32  # that are worth laying keys and values out for
 
 
 def attention_op(
@@ -29,11 +34,36 @@ def attention_op(
     window: int | None,
     scale: float | None,
     segments: Tensor | None,
+    form: str = "triton",
 ) -> Tensor:
-    """The form "triton" of `attention`."""
+    """The form "triton" of `attention`, or "cpp".
+
+    Raises:
+        BackendError: "cpp" of another dtype than bfloat16, or see cpp.
+    """
+    if form == "cpp" and q.dtype != torch.bfloat16:
+        raise BackendError(f"backend='cpp' for attention: q is {q.dtype}; expected torch.bfloat16")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    y, _, _ = _attend(q, k, v, segments, causal, window, scale, False)
+    y, _, _ = _attend(q, k, v, segments, causal, window, scale, False, form)
     return y
+
+
+def attention_auto(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """The form "cpp" where this CPU has tiles for it and work for its threads, else "torch"."""
+    if q.dtype == torch.bfloat16 and q.shape[1] >= _LEAST_QUERIES:
+        threads = _threads_with_tiles(q.device.type)
+        if threads and k.shape[0] * k.shape[2] >= threads:
+            return attention_op(q, k, v, **options, form="cpp")
+    return attention_torch(q, k, v, **options)
+
+
+@torch.compiler.assume_constant_result  # a compiler is there, or it is not
+def _threads_with_tiles(device: str) -> int:
+    """How many threads multiply in AMX's tiles; 0 without those."""
+    if not has_amx():
+        return 0
+    library = library_for("attention", cpp.SOURCE, "auto", torch.device(device))
+    return 0 if library is None or not in_hardware(library) else torch.get_num_threads()
 
 
 def attention_and_sums(
@@ -49,7 +79,7 @@ def attention_and_sums(
 
     The key is int32; both are (B, H, T), and 0 where a query sees no key.
     """
-    return _attend(q, k, v, segments, True, window, scale, True)
+    return _attend(q, k, v, segments, True, window, scale, True, "triton")
 
 
 @custom_op("seqmix::attention", mutates_args=())
@@ -62,9 +92,13 @@ def _attend(
     window: int | None,
     scale: float,
     find: bool,
+    form: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    forward = implementation(__package__, "triton").forward
-    return forward(q, k, v, segments, causal, window, scale, find)
+    given = (q, k, v, segments, causal, window, scale)
+    if form == "cpp":
+        y, log_sum = cpp.forward(*given)
+        return y, log_sum, log_sum.new_empty(*log_sum.shape[:2], 0, dtype=torch.int32)
+    return implementation(__package__, form).forward(*given, find)
 
 
 @_attend.register_fake
@@ -77,6 +111,7 @@ def _(
     window: int | None,
     scale: float,
     find: bool,
+    form: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, _ = q.shape
     log_sum = q.new_empty(B, H, T, dtype=torch.float32)
@@ -96,9 +131,12 @@ def _backward(
     causal: bool,
     window: int | None,
     scale: float,
+    form: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = implementation(__package__, "triton").backward
-    return backward(grad_y, grad_log_sum, q, k, v, segments, y, log_sum, causal, window, scale)
+    given = (grad_y, grad_log_sum, q, k, v, segments, y, log_sum, causal, window, scale)
+    if form == "cpp":
+        return cpp.backward(*given)
+    return implementation(__package__, form).backward(*given)
 
 
 @_backward.register_fake
@@ -114,12 +152,13 @@ def _(
     causal: bool,
     window: int | None,
     scale: float,
+    form: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.causal, ctx.window, ctx.scale, _ = inputs
+    *tensors, ctx.causal, ctx.window, ctx.scale, _, ctx.form = inputs
     y, log_sum, largest = output
     ctx.mark_non_differentiable(largest)
     ctx.set_materialize_grads(False)
@@ -132,9 +171,9 @@ def _differentiate(
     if grad_y is None:
         grad_y = torch.zeros_like(ctx.saved_tensors[4])
     dq, dk, dv = _backward(
-        grad_y, grad_log_sum, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.scale
+        grad_y, grad_log_sum, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.scale, ctx.form
     )
-    return dq, dk, dv, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
@@ -150,6 +189,7 @@ def _(
     window: int | None,
     scale: float,
     find: bool,
+    form: str = "triton",
     out_shape: Any = None,
 ) -> int:
     B, T, H, D = q
@@ -169,6 +209,7 @@ def _(
     causal: bool,
     window: int | None,
     scale: float,
+    form: str = "triton",
     out_shape: Any = None,
 ) -> int:
     B, T, H, D = q

@@ -24,7 +24,7 @@ from kernels.linear_attention.flops import (
 )
 from kernels.linear_attention.reference import State
 from kernels.linear_attention.step import MOST_STEPS
-from kernels.native import extension_for, extensions, library_for
+from kernels.native import extension_for, extensions, in_hardware, library_for
 from kernels.precision import accumulation_dtype
 from kernels.segments import first_document, last_document
 
@@ -126,7 +126,7 @@ def _makes_features(form: str, q: Tensor, k: Tensor, v: Tensor, feature_map: Map
 @torch.compiler.assume_constant_result  # a compiler is there, or it is not
 def _has_tiles(form: str, device: str) -> bool:
     library = library_for("linear_attention", tiles.SOURCE, form, torch.device(device))
-    return library is not None and tiles.in_hardware(library)
+    return library is not None and in_hardware(library)
 
 
 def _chunks_in_cpp(

@@ -401,12 +401,3 @@ extern "C" void forward(const Problem* p) {
 extern "C" void backward(const Problem* p) {
   all_units(*p, [](Unit& unit, int64_t i) { unit.backward(i); });
 }
-
-// Whether products are AMX's.
-extern "C" int64_t in_hardware() {
-#ifdef __AMX_BF16__
-  return 1;
-#else
-  return 0;
-#endif
-}

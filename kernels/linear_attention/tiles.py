@@ -37,12 +37,6 @@ def serve(q: Tensor, k: Tensor, v: Tensor, feature_map: str | None) -> bool:
     return bool(factors) and all(x.dtype == torch.bfloat16 for x in factors) and has_amx()
 
 
-def in_hardware(library: ctypes.CDLL) -> bool:
-    """Whether the library has products in tiles, as far as the CPU has them: its compiler may
-    know none, and what it does in their place is slower than vectors."""
-    return bool(library.in_hardware()) or not torch.cpu._is_amx_tile_supported()
-
-
 def forward(
     library: ctypes.CDLL,
     q: Tensor,

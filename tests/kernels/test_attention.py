@@ -12,14 +12,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.attention import attention, attention_flops
+from kernels import BackendError, native, precision
+from kernels.attention import attention, attention_flops, cpp, op
 from tests.kernels.compare import (
     TOLERANCE,
     LargestTensor,
     assert_close,
     assert_forms_agree,
     bytes_kept_for_backward,
+    check_operator,
     documents,
+    needs_compiler,
 )
 
 sdpa = import_module("kernels.attention.sdpa")
@@ -70,6 +73,126 @@ def test_both_directions(small_tiles, kind):
         torch.float64,
         None if segments is None else segments >= 0,
     )
+
+
+# In tiles, keys come in panels of 256, and blocks of 64 of either are masked or not.
+IN_TILES = [(1, 1), (1, 9), (37, 60), (64, 64), (130, 130), (100, 700), (330, 330)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [None, "packed", "padded"])
+@pytest.mark.parametrize(("T", "S"), IN_TILES)
+def test_tiles(T, S, kind):
+    segments = documents(3, S, kind)
+    valid = None if segments is None else segments[:, S - T :] >= 0
+    widths = [(40, 4, None), (64, 2, 5), (6, 1, 70), (16, 4, 300)]
+    for D, G, window in widths if T < 300 else widths[1:3]:
+        assert_forms_agree(
+            lambda backend, *x, window=window: (
+                attention(*x, window=window, segments=segments, backend=backend),
+            ),
+            inputs(T, S, G, D=D),
+            torch.bfloat16,
+            valid,
+            backend="cpp",
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [None, "padded"])
+def test_tiles_in_both_directions(kind):
+    segments = documents(3, 150, kind)
+    assert_forms_agree(
+        lambda backend, *x: (
+            attention(*x, causal=False, scale=-0.4, segments=segments, backend=backend),
+        ),
+        inputs(150, 150),
+        torch.bfloat16,
+        None if segments is None else segments >= 0,
+        backend="cpp",
+    )
+
+
+@needs_compiler
+def test_tiles_have_the_log_of_sums_and_its_gradient():
+    q, k, v = (x.bfloat16().requires_grad_() for x in inputs(70, 90))
+    segments = torch.ones(3, 90, dtype=torch.int64)
+    segments[:, :30] = 0
+    segments[0, 40] = segments[1, 85] = -1
+    y, log_sums, _ = torch.ops.seqmix.attention(q, k, v, segments, True, None, 0.5, False, "cpp")
+    assert log_sums[1, :, 65].eq(0).all(), "of a query that sees no key"
+    Q, K = q.double(), k.double()
+    scores = torch.einsum("bthd,bshd->bhts", Q, K) * 0.5
+    seen = sdpa._mask(segments, 70, True, None)
+    expected = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    valid = (segments[:, 20:] >= 0)[:, None].expand(log_sums.shape)
+    assert_close("l", log_sums[valid], expected[valid], TOLERANCE[torch.float32])
+    got = torch.autograd.grad(log_sums[valid].sum() + 0 * y.sum(), (q, k))
+    wanted = torch.autograd.grad(expected[valid].sum(), (q, k))
+    for name, a, b in zip("qk", got, wanted, strict=True):
+        assert_close(f"d{name}", a, b, TOLERANCE[torch.bfloat16])
+
+
+@needs_compiler
+def test_tiles_whatever_the_threads():
+    given = [x.bfloat16().requires_grad_() for x in inputs(200, 200, G=2)]
+
+    def run() -> list[Tensor]:
+        y = attention(*given, window=90, backend="cpp")
+        return [y, *torch.autograd.grad(y.square().sum(), given)]
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_compiler
+def test_auto_takes_tiles_where_they_pay(monkeypatch):
+    monkeypatch.setattr(op, "has_amx", lambda: True)
+    precision.has_amx()  # asks for the registers, where there are any
+    library = native.library(cpp.SOURCE)
+    if not native.in_hardware(library):
+        pytest.skip("the compiler knows no AMX")
+    threads = torch.get_num_threads()
+
+    def operators(T: int, G: int, dtype: torch.dtype) -> set[str]:
+        given = inputs(T, T, G, B=1, H=4 * threads, dtype=dtype)
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            attention(*given)
+        return {str(name) for name in counted.get_flop_counts()["Global"]}
+
+    tiles = {"seqmix.attention"}
+    assert operators(32, threads, torch.bfloat16) == tiles
+    assert operators(31, threads, torch.bfloat16) != tiles
+    assert operators(32, threads, torch.float32) != tiles
+    if threads > 1:
+        assert operators(32, 1, torch.bfloat16) != tiles
+    monkeypatch.setenv(native.SWITCH, "1")
+    assert operators(32, threads, torch.bfloat16) != tiles
+
+
+@needs_compiler
+def test_the_operators_of_tiles_keep_torchs_rules():
+    q, k, v = (x[:2].bfloat16() for x in inputs(40, 50, G=2))
+    for segments in (None, documents(2, 50, "padded")):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        rest = (segments, True, 9, 0.3, False, "cpp")
+        check_operator(torch.ops.seqmix.attention, (*leaves, *rest))
+        y, log_sums, _ = torch.ops.seqmix.attention(q, k, v, *rest)
+        given = (y, None, q, k, v, segments, y, log_sums, True, 9, 0.3, "cpp")
+        check_operator(torch.ops.seqmix.attention_backward, given)
+
+
+def test_tiles_are_of_bfloat16():
+    with pytest.raises(BackendError, match=r"q is torch.float32; expected torch.bfloat16"):
+        attention(*inputs(3, 3, dtype=torch.float32), backend="cpp")
 
 
 def test_the_small_and_the_large_way_agree():
